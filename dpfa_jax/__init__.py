@@ -1,0 +1,11 @@
+"""Differentially private attention and training for JAX.
+
+The names below are the public interface; everything else may change. See README.md for
+the two commands, docs/privacy.md for what is proved and docs/sharp_edges.md for what
+is not.
+"""
+
+from dpfa_jax.attention import AttentionPrivacy as AttentionPrivacy
+from dpfa_jax.attention import attention_event as attention_event
+from dpfa_jax.attention import dp_dot_product_attention as dp_dot_product_attention
+from dpfa_jax.keys import SecureKey as SecureKey

@@ -1,0 +1,16 @@
+"""Sensitivities: plain Python, one formula a function, each with its source."""
+
+from dpfa_jax.mechanisms.attention import (
+    RecordSensitivity,
+    record_sensitivity,
+    sequence_sensitivity,
+)
+from dpfa_jax.mechanisms.gradient import adjacency_factor, gradient_sensitivity
+
+__all__ = [
+    "RecordSensitivity",
+    "adjacency_factor",
+    "gradient_sensitivity",
+    "record_sensitivity",
+    "sequence_sensitivity",
+]

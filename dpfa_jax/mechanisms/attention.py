@@ -1,0 +1,111 @@
+"""Sensitivity of noisy attention, rounding included (docs/privacy.md, sections 1 and 2).
+
+Norms are of one output row of one head. ``C`` is the value clip, ``d`` the head
+dimension, ``n`` the (public, padded) number of keys, ``m`` the rows of one record.
+
+Rounding. A clipped value held in a short format may exceed C by that format's unit
+roundoff; it is counted twice. The sum over keys is a binary tree over blocks of 128
+keys. Between neighbours one block and its ancestors round differently, the rest is the
+same data and so the same float. With γ = 128 u / (1 − 128 u), u = 2⁻²³ (twice float32's
+unit roundoff, because matrix units truncate), the block contributes 2·γ·128·C and the
+ancestors 2·u·n·C·(1 + ½ + ¼ + ...) <= 4·u·n·C.
+"""
+
+import dataclasses
+import math
+
+from dpfa_jax.mechanisms.gradient import adjacency_factor
+
+_BLOCK = 128
+_U = 2.0**-23
+# Twice the unit roundoff of the format in which a clipped value row is held.
+_HELD = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordSensitivity:
+    """Sensitivity of the joint release (N, C'·L) of one row of one head.
+
+    Attributes:
+        joint: Δ, the largest L2 change of (N, C'·L) between neighbours.
+        denominator_weight: C', the public weight of L in the joint release.
+    """
+
+    joint: float
+    denominator_weight: float
+
+    def numerator_std(self, noise_multiplier: float) -> float:
+        """σ_N = z Δ."""
+        return noise_multiplier * self.joint
+
+    def denominator_std(self, noise_multiplier: float) -> float:
+        """σ_L = z Δ / C'."""
+        return noise_multiplier * self.joint / self.denominator_weight
+
+
+def _held_excess(dtype: str, head_dim: int) -> float:
+    """How far a clipped row may exceed C, relative: its format, and the norm's own error."""
+    if dtype not in _HELD:
+        raise ValueError(f"dtype={dtype!r}: allowed are {tuple(_HELD)}.")
+    return _HELD[dtype] + (head_dim / 2 + 4) * _U
+
+
+def _summation_error(num_keys: int) -> float:
+    """Largest difference that rounding makes to Σ w v̄ between neighbours, in units of C."""
+    gamma = _BLOCK * _U / (1 - _BLOCK * _U)
+    return 2 * gamma * _BLOCK + 4 * _U * num_keys
+
+
+def record_sensitivity(
+    value_clip: float,
+    *,
+    head_dim: int,
+    num_keys: int,
+    dtype: str,
+    adjacency: str,
+    rows_per_record: int = 1,
+) -> RecordSensitivity:
+    """Δ and C' for N = Σ w v̄ and L = Σ w with w in [0, 1] and ‖v̄‖ <= C.
+
+    * ``add_remove``: ‖ΔN‖ <= C and |ΔL| <= 1, so Δ = √(C² + C'²). The variance of the
+      ratio is least at C' = C·d^(−1/4).
+    * ``replace_one``: the worst pair is w = w' = 1 and v̄ = −v̄', Δ = 2C, as long as
+      C' <= √3·C; the largest such C' gives L the least noise.
+    * A record of m rows moves the sum by at most m times that (triangle inequality).
+
+    Source: docs/privacy.md, section 1, "Sensitivity".
+
+    Example:
+        >>> s = record_sensitivity(1.0, head_dim=16, num_keys=1, dtype="float32",
+        ...                        adjacency="add_remove")
+        >>> round(s.denominator_weight, 3), round(s.joint, 3)
+        (0.5, 1.118)
+    """
+    error = _summation_error(num_keys)
+    c = value_clip * (1 + _held_excess(dtype, head_dim) + error)
+    weight = 1 + error
+    if adjacency_factor(adjacency) == 1:
+        c_l = value_clip * head_dim**-0.25
+        joint = math.hypot(c, c_l * weight)
+    else:
+        c_l = math.sqrt(3.0) * value_clip
+        # Both records at w = 1: L moves by its rounding alone.
+        joint = max(math.hypot(2 * c, c_l * 2 * error), math.hypot(c, c_l * weight))
+    return RecordSensitivity(rows_per_record * joint, c_l)
+
+
+def sequence_sensitivity(value_clip: float, *, head_dim: int, num_keys: int, dtype: str) -> float:
+    """Δ = 2C for one softmax row over clipped values when the whole sequence is replaced.
+
+    A row is a convex combination of rows of norm at most C, so it has norm at most C
+    itself, before and after. Rounding: values and weights are each held in ``dtype``,
+    and normalising and summing n float32 terms errs by at most 2·n·u.
+
+    Source: docs/privacy.md, section 2.
+
+    Example:
+        >>> round(sequence_sensitivity(1.0, head_dim=64, num_keys=64, dtype="float32"), 3)
+        2.0
+    """
+    excess = (1 + _held_excess(dtype, head_dim)) * (1 + _HELD[dtype] + 2 * num_keys * _U)
+    return 2 * value_clip * excess

@@ -1,0 +1,200 @@
+"""What every implementation shares: who sees whom, clipping, lanes of noise, the grid."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Float, Float32, UInt32
+
+from pallas_kernels import prng
+from pallas_kernels.attention.spec import AttentionSpec
+
+# Children of a call's key (see pallas_kernels.prng.derive_key).
+NUMERATOR, DENOMINATOR = 16, 17
+
+
+def allowed_columns(
+    spec: AttentionSpec,
+    rows: jax.Array,
+    num_columns: int,
+    lengths: jax.Array | None,
+    mask: jax.Array | None,
+) -> Bool[Array, "b n t s"] | None:
+    """Which columns each row sees, broadcastable to [B, N, rows, S]; None means all.
+
+    ``rows`` holds the row numbers of this chunk; ``mask`` is already cut to them.
+    """
+    row = rows.astype(jnp.int32)[:, None]
+    column = jnp.arange(num_columns, dtype=jnp.int32)[None, :]
+    parts = []
+    if spec.is_causal:
+        parts.append((column <= row)[None, None])
+    if spec.window is not None:
+        left, right = spec.window
+        parts.append(((column >= row - left) & (column <= row + right))[None, None])
+    if lengths is not None:
+        parts.append((column < lengths[:, None])[:, None, None, :])
+    if mask is not None:
+        parts.append(mask)
+    if not parts:
+        return None
+    allowed = parts[0]
+    for part in parts[1:]:
+        allowed = allowed & part
+    return allowed
+
+
+def clip_rows(value: Float[Array, "*b h"], bound: float) -> Float32[Array, "*b h"]:
+    """Rows scaled to norm at most ``bound``: v · min(1, bound/‖v‖), in float32.
+
+    A row that is not finite becomes zero: one NaN would replace the whole release, which
+    no noise hides.
+    """
+    value = value.astype(jnp.float32)
+    square = jnp.sum(value * value, axis=-1, keepdims=True)
+    finite = jnp.isfinite(square)
+    value = jnp.where(finite, value, 0.0)
+    # The inner `where` keeps 1/0 out of the branch that is not taken: its gradient is NaN.
+    over = finite & (square > bound * bound)
+    return value * jnp.where(over, bound * jax.lax.rsqrt(jnp.where(over, square, 1.0)), 1.0)
+
+
+def bounded_weights(
+    logits: Float32[Array, "*s"], bound: float, allowed: Bool[Array, "*#s"] | None
+) -> Float32[Array, "*s"]:
+    """Weights exp(min(logit, U) − U) in [0, 1]; hidden columns and NaN logits get 0.
+
+    Where the bound clamps, no gradient reaches the logit.
+    """
+    seen = ~jnp.isnan(logits)
+    if allowed is not None:
+        seen = seen & allowed
+    free = seen & (logits < bound)
+    # exp of a number <= 0 may round above 1 on some device: the sensitivity counts on 1.
+    weights = jnp.minimum(jnp.exp(jnp.where(free, logits, bound) - bound), 1.0)
+    return jnp.where(seen, weights, 0.0)
+
+
+def finite_logits(logits: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """NaN and −inf become a very small logit, +inf a very large one (noisy modes only)."""
+    logits = jnp.where(jnp.isnan(logits), -1e30, logits)
+    return jnp.clip(logits, -1e30, 1e30)
+
+
+def _round_to_grid(x: jax.Array, spacing: float) -> jax.Array:
+    """``x`` rounded to a multiple of ``spacing``, a power of two; its derivative is 1.
+
+    The gradient is that of the unrounded release: rounding is a step function whose own
+    derivative says nothing.
+    """
+    if spacing == 0.0:
+        return x
+    return jnp.round(x / spacing) * spacing
+
+
+round_to_grid = jax.custom_jvp(_round_to_grid, nondiff_argnums=(1,))
+
+
+@round_to_grid.defjvp
+def _round_to_grid_jvp(
+    spacing: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return round_to_grid(primals[0], spacing), tangents[0]
+
+
+@custom_vmap
+def _lane(lane: jax.Array, key_words: jax.Array, probes: Sequence[jax.Array]) -> jax.Array:
+    return lane
+
+
+@_lane.def_vmap
+def _lane_vmap(
+    axis_size: int,
+    in_batched: tuple[bool, bool, Sequence[bool]],
+    lane: jax.Array,
+    key_words: jax.Array,
+    probes: Sequence[jax.Array],
+) -> tuple[jax.Array, bool]:
+    lane_batched, key_batched, probes_batched = in_batched
+    if key_batched or not any(probes_batched):
+        # Every lane has its own key, or no data differs between the lanes.
+        return _lane(lane, key_words, probes), lane_batched
+    own = jnp.arange(axis_size, dtype=jnp.uint32)
+    if lane_batched:
+        own = own.reshape(-1, *[1] * (lane.ndim - 1))
+        return _lane(lane * jnp.uint32(axis_size) + own, key_words, probes), True
+    numbered = lane[None] * jnp.uint32(axis_size) + own.reshape(-1, *[1] * lane.ndim)
+    return _lane(numbered, key_words, probes), True
+
+
+def batch_counters(
+    key_words: UInt32[Array, "8"], batch: int, operands: Sequence[jax.Array]
+) -> UInt32[Array, "b"]:
+    """The batch counter of each batch element, distinct also across ``jax.vmap`` lanes.
+
+    Under ``vmap`` a key that is not mapped would give every lane the same noise. The
+    lanes are numbered here instead, as if the mapped axes were part of the batch.
+    """
+    probes = tuple(jax.lax.stop_gradient(x).reshape(-1)[:1] for x in operands if x.size)
+    lane = _lane(jnp.uint32(0), key_words, probes)
+    return lane * jnp.uint32(batch) + jnp.arange(batch, dtype=jnp.uint32)
+
+
+def numerator_noise(
+    key_words: jax.Array, batch: jax.Array, rows: jax.Array, heads: int, depth: int, rounds: int
+) -> Float32[Array, "b t n h"]:
+    """Standard normals for the numerator (or the output row)."""
+    child = prng.derive_key(key_words, NUMERATOR)
+    return prng.normal_tile(child, batch, rows, heads, depth, rounds=rounds)
+
+
+def denominator_noise(
+    key_words: jax.Array, batch: jax.Array, rows: jax.Array, heads: int, rounds: int
+) -> Float32[Array, "b t n"]:
+    """Standard normals for the sum of weights: column 0 of a tile of its own key."""
+    child = prng.derive_key(key_words, DENOMINATOR)
+    zero = jnp.uint32(0)
+    counters = (
+        zero,
+        rows[None, :, None],
+        jnp.arange(heads, dtype=jnp.uint32)[None, None, :],
+        batch[:, None, None],
+    )
+    words = prng.chacha_block(child, counters, rounds=rounds)
+    return prng.box_muller(words[0], words[1])[0]
+
+
+def release_record(
+    spec: AttentionSpec,
+    numerator: Float32[Array, "b t n h"],
+    denominator: Float32[Array, "b t n"],
+    key_words: UInt32[Array, "8"],
+    batch: UInt32[Array, "b"],
+    rows: UInt32[Array, "t"],
+) -> Float32[Array, "b t n h"]:
+    """Noise, grid and division: (N + σ_N g) / max(L + σ_L g', floor)."""
+    heads, depth = numerator.shape[-2:]
+    g = numerator_noise(key_words, batch, rows, heads, depth, spec.rounds)
+    g_l = denominator_noise(key_words, batch, rows, heads, spec.rounds)
+    noisy_n = numerator + jnp.float32(spec.numerator_std) * g
+    noisy_l = denominator + jnp.float32(spec.denominator_std) * g_l
+    noisy_n = round_to_grid(noisy_n, spec.spacing(spec.numerator_std))
+    noisy_l = round_to_grid(noisy_l, spec.spacing(spec.denominator_std))
+    floor = jnp.float32(spec.denominator_floor)
+    # Not jnp.maximum: at the floor the denominator passes no gradient at all.
+    return noisy_n / jnp.where(noisy_l > floor, noisy_l, floor)[..., None]
+
+
+def release_sequence(
+    spec: AttentionSpec,
+    output: Float32[Array, "b t n h"],
+    key_words: UInt32[Array, "8"],
+    batch: UInt32[Array, "b"],
+    rows: UInt32[Array, "t"],
+) -> Float32[Array, "b t n h"]:
+    """Noise and grid on each output row."""
+    heads, depth = output.shape[-2:]
+    g = numerator_noise(key_words, batch, rows, heads, depth, spec.rounds)
+    noisy = output + jnp.float32(spec.numerator_std) * g
+    return round_to_grid(noisy, spec.spacing(spec.numerator_std))

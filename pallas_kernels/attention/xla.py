@@ -1,0 +1,133 @@
+"""Attention through XLA, with memory linear in the number of query rows.
+
+Up to 256 rows it is one einsum; above, chunks of 256 rows go through ``lax.map`` under
+``jax.checkpoint``, so that the backward pass recomputes a chunk's weights (and its
+noise, from the counters) instead of keeping them.
+
+Matrix products take the inputs in their own format and accumulate in float32. In
+record mode the sum over the keys has a fixed shape: blocks of 128 keys, then a binary
+tree over the blocks. One record more or less then changes the rounding of one block
+and of the nodes above it, nothing else, which is what the rounding term of the
+sensitivity counts on (docs/privacy.md, "Rounding").
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import common
+from pallas_kernels.attention.spec import AttentionSpec
+
+ROWS = 256
+KEYS = 128
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    spec: AttentionSpec,
+    *,
+    noise: tuple[jax.Array, jax.Array] | None,
+    lengths: jax.Array | None,
+    mask: jax.Array | None,
+) -> jax.Array:
+    """See :func:`pallas_kernels.attention.attention`, whose checks have passed."""
+    batch, num_rows, heads, depth = query.shape
+    if spec.is_noisy:
+        value = common.clip_rows(value, spec.value_clip).astype(value.dtype)
+
+    def chunk(rows: jax.Array, q: jax.Array, m: jax.Array | None) -> jax.Array:
+        return _chunk(q, key, value, spec, rows=rows, noise=noise, lengths=lengths, mask=m)
+
+    if num_rows <= ROWS:
+        return chunk(jnp.arange(num_rows, dtype=jnp.uint32), query, mask)
+
+    chunks = -(-num_rows // ROWS)
+    padding = chunks * ROWS - num_rows
+    q = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    q = q.reshape(batch, chunks, ROWS, heads, depth).swapaxes(0, 1)
+    rows = jnp.arange(chunks * ROWS, dtype=jnp.uint32).reshape(chunks, ROWS)
+    if mask is not None and mask.shape[2] > 1:
+        m = jnp.pad(mask, ((0, 0), (0, 0), (0, padding), (0, 0)))
+        m = jnp.moveaxis(m.reshape(*m.shape[:2], chunks, ROWS, m.shape[3]), 2, 0)
+        out = jax.lax.map(jax.checkpoint(lambda x: chunk(x[0], x[1], x[2])), (rows, q, m))
+    else:
+        out = jax.lax.map(jax.checkpoint(lambda x: chunk(x[0], x[1], mask)), (rows, q))
+    return out.swapaxes(0, 1).reshape(batch, chunks * ROWS, heads, depth)[:, :num_rows]
+
+
+def _chunk(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    spec: AttentionSpec,
+    *,
+    rows: jax.Array,
+    noise: tuple[jax.Array, jax.Array] | None,
+    lengths: jax.Array | None,
+    mask: jax.Array | None,
+) -> jax.Array:
+    """Attention of some rows over all keys; ``value`` is clipped already."""
+    batch, num_rows, heads, depth = query.shape
+    num_keys, kv_heads = key.shape[1:3]
+    groups = heads // kv_heads
+    q = query.reshape(batch, num_rows, kv_heads, groups, depth)
+    logits = jnp.einsum("btkgh,bskh->bkgts", q, key, preferred_element_type=jnp.float32)
+    logits = logits * jnp.float32(spec.scale)
+    allowed = common.allowed_columns(spec, rows, num_keys, lengths, mask)
+    if allowed is not None:
+        # [B|1, N|1, t, S] → [B|1, K|1, G|1, t, S]
+        split = (kv_heads, groups) if allowed.shape[1] == heads else (1, 1)
+        allowed = allowed.reshape(allowed.shape[0], *split, *allowed.shape[2:])
+
+    if spec.mode == "record":
+        assert noise is not None
+        weights = common.bounded_weights(logits, spec.logit_bound, allowed)
+        numerator, denominator = _sums(weights, value)
+        numerator = numerator.transpose(0, 3, 1, 2, 4).reshape(batch, num_rows, heads, depth)
+        denominator = denominator.transpose(0, 3, 1, 2).reshape(batch, num_rows, heads)
+        out = common.release_record(spec, numerator, denominator, *noise, rows)
+        return out.astype(query.dtype)
+
+    if spec.mode == "sequence":
+        logits = common.finite_logits(logits)
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = (weights / jnp.where(total == 0.0, 1.0, total)).astype(value.dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, value, preferred_element_type=jnp.float32)
+    out = out.reshape(batch, num_rows, heads, depth)
+    if spec.mode == "sequence":
+        assert noise is not None
+        out = common.release_sequence(spec, out, *noise, rows)
+    return out.astype(query.dtype)
+
+
+def _sums(weights: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """N = Σ w v and L = Σ w over the keys, in the fixed shape of the module's docstring."""
+    num_keys = value.shape[1]
+    blocks = -(-num_keys // KEYS)
+    padding = blocks * KEYS - num_keys
+    w = jnp.pad(weights, [(0, 0)] * 4 + [(0, padding)])
+    w = w.reshape(*w.shape[:-1], blocks, KEYS)
+    v = jnp.pad(value, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    v = v.reshape(v.shape[0], blocks, KEYS, *v.shape[2:])
+    # The sum of weights keeps their float32 values: the two sums may be rounded
+    # differently, each of them is bounded by itself.
+    numerators = jnp.einsum(
+        "bkgtjs,bjskh->jbkgth", w.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    denominators = jnp.moveaxis(jnp.sum(w, axis=-1), -1, 0)
+    return _tree_sum(numerators), _tree_sum(denominators)
+
+
+def _tree_sum(x: jax.Array) -> jax.Array:
+    """Sum over the first axis, pairwise."""
+    while x.shape[0] > 1:
+        if x.shape[0] % 2:
+            x = jnp.concatenate([x, jnp.zeros_like(x[:1])])
+        x = x[0::2] + x[1::2]
+    return x[0]

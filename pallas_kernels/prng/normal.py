@@ -1,0 +1,101 @@
+"""Standard normals from ChaCha words, float32.
+
+Box and Muller's transform turns two words into two Gaussians. The radius uses all 32
+bits of its word: small words convert to float32 exactly, so the tail reaches
+√(−2 ln 2⁻³³) = 6.76 standard deviations, and the atoms out there are spaced finer than
+the grid that released values are rounded to.
+
+Two layouts. :func:`normal_stream` fills a flat vector, for gradients.
+:func:`normal_tile` numbers attention rows: the block of row ``t`` and column ``c`` has
+the counters (8·⌊c/128⌋ + c mod 8, t, head, batch), and its word ⌊(c mod 128)/8⌋ becomes
+that column. This is the order in which a Hopper matrix accumulator holds its columns,
+so that a fused kernel can make its noise in place; any other kernel only has to
+number its columns the same way.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, UInt32
+
+from pallas_kernels.prng.chacha import chacha_block, stream_words
+
+_TWO_PI_OVER_2_32 = 2.0 * 3.14159265358979323846 / 2.0**32
+
+
+def box_muller(
+    radius_word: UInt32[Array, "*s"], angle_word: UInt32[Array, "*s"]
+) -> tuple[Float32[Array, "*s"], Float32[Array, "*s"]]:
+    """Two independent standard normals from two independent uniform words.
+
+    Source: G. E. P. Box and M. E. Muller, Ann. Math. Statist. 29 (1958), 610-611.
+
+    Example:
+        >>> a, b = box_muller(jnp.uint32(0), jnp.uint32(0))
+        >>> f"{a:.2f} {b:.2f}"
+        '6.76 0.00'
+    """
+    # +½ keeps the logarithm finite at word 0; near 2³² it is lost in the rounding.
+    uniform = (radius_word.astype(jnp.float32) + 0.5) * jnp.float32(2.0**-32)
+    radius = jnp.sqrt(-2.0 * jnp.log(uniform))
+    angle = angle_word.astype(jnp.float32) * jnp.float32(_TWO_PI_OVER_2_32)
+    return radius * jnp.cos(angle), radius * jnp.sin(angle)
+
+
+def _pairs(words: UInt32[Array, "*s 16"]) -> Float32[Array, "*s 16"]:
+    """Words 2p and 2p+1 become Gaussians 2p and 2p+1."""
+    first, second = box_muller(words[..., 0::2], words[..., 1::2])
+    return jnp.stack([first, second], axis=-1).reshape(words.shape)
+
+
+def normal_stream(
+    key_words: UInt32[Array, "8"], size: int, nonce: tuple[int, int, int] = (0, 0, 0)
+) -> Float32[Array, "size"]:
+    """``size`` standard normals in a row; element i comes from block ⌊i/16⌋.
+
+    Args:
+        key_words: uint32[8], a key derived for this purpose alone.
+        size: how many, at most 2³⁶.
+        nonce: three numbers below 2³² that name the stream.
+    """
+    words = stream_words(key_words, -(-size // 16), nonce)
+    return _pairs(words).reshape(-1)[:size]
+
+
+def normal_tile(
+    key_words: UInt32[Array, "*kb 8"],
+    batch: UInt32[Array, "b"],
+    rows: UInt32[Array, "t"],
+    heads: int,
+    columns: int,
+    *,
+    rounds: int = 20,
+) -> Float32[Array, "b t n c"]:
+    """Standard normals for attention rows, in the layout of the module's docstring.
+
+    Args:
+        key_words: uint32[8], a key derived for this purpose alone.
+        batch: the batch counter of each batch element.
+        rows: the row counter of each row (a chunk may start anywhere).
+        heads: number of query heads; counters 0 to heads - 1.
+        columns: columns of a row.
+        rounds: ChaCha rounds.
+
+    Returns:
+        float32 of shape [batch, rows, heads, columns].
+    """
+    tiles = -(-columns // 128)
+    # A tile narrower than 128 columns uses the low words of its blocks only.
+    used = 16 if tiles > 1 else -(-columns // 16) * 2
+    counters = (
+        jnp.arange(8 * tiles, dtype=jnp.uint32)[None, None, None, :],
+        rows[None, :, None, None],
+        jnp.arange(heads, dtype=jnp.uint32)[None, None, :, None],
+        batch[:, None, None, None],
+    )
+    block = chacha_block(key_words, counters, rounds=rounds)
+    gaussians: list[jax.Array] = []
+    for p in range(0, used, 2):
+        gaussians.extend(box_muller(block[p], block[p + 1]))
+    # [b, t, n, 8·tiles] words → [b, t, n, tiles, word, 8] → columns in order.
+    tile = jnp.stack([g.reshape(*g.shape[:-1], tiles, 8) for g in gaussians], axis=-2)
+    return tile.reshape(*tile.shape[:3], -1)[..., :columns]

@@ -6,9 +6,10 @@ dimension, ``n`` the (public, padded) number of keys, ``m`` the rows of one reco
 Rounding. A clipped value held in a short format may exceed C by that format's unit
 roundoff; it is counted twice. The sum over keys is a binary tree over blocks of 128
 keys. Between neighbours one block and its ancestors round differently, the rest is the
-same data and so the same float. With γ = 128 u / (1 − 128 u), u = 2⁻²³ (twice float32's
-unit roundoff, because matrix units truncate), the block contributes 2·γ·128·C and the
-ancestors 2·u·n·C·(1 + ½ + ¼ + ...) <= 4·u·n·C.
+same data and so the same float. With b = min(128, n), γ = b u / (1 − b u) and u = 2⁻²³
+(twice float32's unit roundoff, because matrix units truncate), the block contributes
+2·γ·b·C (N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2002, eq. 3.3) and
+the ancestors 2·u·n·C·(1 + ½ + ¼ + ...) <= 4·u·n·C.
 """
 
 import dataclasses
@@ -52,8 +53,9 @@ def _held_excess(dtype: str, head_dim: int) -> float:
 
 def _summation_error(num_keys: int) -> float:
     """Largest difference that rounding makes to Σ w v̄ between neighbours, in units of C."""
-    gamma = _BLOCK * _U / (1 - _BLOCK * _U)
-    return 2 * gamma * _BLOCK + 4 * _U * num_keys
+    block = min(_BLOCK, num_keys)
+    gamma = block * _U / (1 - block * _U)
+    return 2 * gamma * block + 4 * _U * num_keys
 
 
 def record_sensitivity(

@@ -1,0 +1,209 @@
+"""Gaussian noise on a clipped sum: the release of DP-SGD.
+
+    released = (Σ_b clip(g_b, C) + N(0, (z C k)²)) / expected_batch_size
+
+with k = 1 for ``add_remove`` and 2 for ``replace_one`` (docs/privacy.md, section 4). The
+divisor is a public constant, never the actual batch size.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key, PyTree, UInt32
+
+from dpfa_jax import keys
+from dpfa_jax.clipping.tree import check_clip_norm, clip_and_sum
+from dpfa_jax.mechanisms import gradient_sensitivity
+from pallas_kernels import prng
+
+# Noisy sums are rounded to a multiple of a power of two near σ·2⁻¹⁰: the last digits of an
+# unrounded float tell from which sum it came (docs/privacy.md, section 5).
+_GRID = 10
+
+
+class DPNoiseState(NamedTuple):
+    """How many releases were made, and the key that made them.
+
+    The key is a secret. Restoring an old state and going on with other data reuses
+    noise: save :func:`without_keys` of the state, and restore with
+    :func:`with_fresh_key`.
+    """
+
+    step: UInt32[Array, ""]
+    key: Key[Array, ""]
+
+
+def noise_std(
+    l2_clip_norm: float,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    adjacency: str = "add_remove",
+) -> float:
+    """Standard deviation of the noise on each coordinate of the released mean: z C k / B.
+
+    Example:
+        >>> noise_std(1.0, 2.0, 100.0)
+        0.02
+    """
+    if not (isinstance(noise_multiplier, int | float) and 0 <= noise_multiplier < math.inf):
+        raise ValueError(f"noise_multiplier={noise_multiplier!r}: allowed is a finite number >= 0.")
+    if not (isinstance(expected_batch_size, int | float) and 0 < expected_batch_size < math.inf):
+        raise ValueError(
+            f"expected_batch_size={expected_batch_size!r}: allowed is a finite number > 0."
+        )
+    sensitivity = gradient_sensitivity(check_clip_norm(l2_clip_norm), adjacency)
+    return noise_multiplier * sensitivity / expected_batch_size
+
+
+def add_noise(
+    l2_clip_norm: float,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    rng: Key[Array, ""] | keys.SecureKey,
+    *,
+    adjacency: str = "add_remove",
+) -> optax.GradientTransformation:
+    """Optax: a clipped **sum** in (:func:`dpfa_jax.clipped_grad`), a private mean out.
+
+    Guarantee. If the sum's sensitivity is at most k·C, each update is one
+    ``GaussianDpEvent(noise_multiplier)`` under ``adjacency``. Everything behind it in a
+    chain is post-processing.
+
+    Noise is float32, from ChaCha20 under ``rng``, independent for each leaf and step; the
+    noisy sum is rounded to a public grid and divided by the public batch size. Updates
+    leave in the dtype they came in.
+
+    Args:
+        l2_clip_norm: C, the clip norm of the sum's terms.
+        noise_multiplier: z; 0 adds no noise (and protects nothing).
+        expected_batch_size: the public divisor.
+        rng: a key for this optimiser alone. There is no default.
+        adjacency: ``'add_remove'`` or ``'replace_one'``.
+
+    Raises:
+        ValueError: for a missing or unsuited key, or a number that is not allowed.
+
+    Example:
+        >>> from dpfa_jax import SecureKey
+        >>> tx = optax.chain(add_noise(1.0, 1.1, 256, SecureKey.generate()), optax.sgd(0.1))
+        >>> state = tx.init({"w": jnp.zeros(3)})
+        >>> updates, state = tx.update({"w": jnp.ones(3)}, state)
+        >>> int(state[0].step)
+        1
+    """
+    std = noise_std(l2_clip_norm, noise_multiplier, expected_batch_size, adjacency)
+    sum_std = std * expected_batch_size
+    key = keys.check_noise_key(rng)
+
+    def init(params: PyTree) -> DPNoiseState:
+        del params
+        return DPNoiseState(jnp.uint32(0), key)
+
+    def update(
+        updates: PyTree, state: DPNoiseState, params: PyTree | None = None
+    ) -> tuple[PyTree, DPNoiseState]:
+        del params
+        step_key = jax.random.fold_in(state.key, state.step)
+        noisy = _add(updates, jax.random.key_data(step_key), sum_std)
+        mean = jax.tree.map(
+            lambda x, u: (x / jnp.float32(expected_batch_size)).astype(u.dtype), noisy, updates
+        )
+        return mean, DPNoiseState(state.step + jnp.uint32(1), state.key)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _add(updates: PyTree, step_key: jax.Array, std: float) -> PyTree:
+    leaves, structure = jax.tree.flatten(updates)
+    spacing = 2.0 ** (math.floor(math.log2(std)) - _GRID) if std else 0.0
+    noisy = []
+    for index, leaf in enumerate(leaves):
+        x = leaf.astype(jnp.float32)
+        if std:
+            child = prng.derive_key(step_key, keys.GRADIENT, index)
+            g = prng.normal_stream(child, leaf.size).reshape(leaf.shape)
+            x = jnp.round((x + jnp.float32(std) * g) / spacing) * spacing
+        noisy.append(x)
+    return jax.tree.unflatten(structure, noisy)
+
+
+def dp_aggregate(
+    l2_clip_norm: float,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    rng: Key[Array, ""] | keys.SecureKey,
+    *,
+    adjacency: str = "add_remove",
+) -> optax.GradientTransformation:
+    """Optax: per-example gradients in (leading batch axis), a private mean out.
+
+    Takes the place of ``optax.contrib.differentially_private_aggregate``. A NaN or
+    infinite example contributes zero, an empty batch releases pure noise, the key is
+    mandatory, the noise is float32, and the mean divides by a public constant.
+
+    The arguments and the guarantee are those of :func:`add_noise`; here the clipping is
+    included, so the sensitivity is C·k by construction.
+
+    Raises:
+        ValueError: as :func:`add_noise`; and for updates without a common batch axis.
+
+    Example:
+        >>> from dpfa_jax import SecureKey
+        >>> tx = dp_aggregate(1.0, 1.1, 2.0, SecureKey.generate())
+        >>> per_example = {"w": jnp.array([[3.0, 4.0], [jnp.nan, 0.0]])}
+        >>> mean, _ = tx.update(per_example, tx.init({"w": jnp.zeros(2)}))
+        >>> bool(jnp.isfinite(mean["w"]).all())
+        True
+    """
+    noise = add_noise(l2_clip_norm, noise_multiplier, expected_batch_size, rng, adjacency=adjacency)
+
+    def update(
+        updates: PyTree, state: DPNoiseState, params: PyTree | None = None
+    ) -> tuple[PyTree, DPNoiseState]:
+        shapes = [x.shape for x in jax.tree.leaves(updates)]
+        if not shapes or any(not s for s in shapes) or len({s[0] for s in shapes}) != 1:
+            raise ValueError(
+                "updates: per-example gradients are needed, every leaf with the same leading "
+                f"batch axis; the shapes are {shapes}."
+            )
+        total = clip_and_sum(updates, l2_clip_norm, None)
+        mean, state = noise.update(total, state, params)
+        return jax.tree.map(lambda x, u: x.astype(u.dtype), mean, updates), state
+
+    return optax.GradientTransformation(noise.init, update)
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, DPNoiseState)
+
+
+def without_keys(opt_state: PyTree) -> PyTree:
+    """``opt_state`` with every noise key replaced by None: what may be written to disk."""
+    return jax.tree.map(
+        lambda s: s._replace(key=None) if _is_state(s) else s, opt_state, is_leaf=_is_state
+    )
+
+
+def with_fresh_key(opt_state: PyTree, rng: Key[Array, ""] | keys.SecureKey) -> PyTree:
+    """``opt_state`` with ``rng`` as the noise key, each noise state with a child of its own.
+
+    Raises:
+        ValueError: for an unsuited key, or if there is no noise state to give it to.
+    """
+    key = keys.check_noise_key(rng)
+    count = 0
+
+    def renew(state: Any) -> Any:
+        nonlocal count
+        if not _is_state(state):
+            return state
+        count += 1
+        return state._replace(key=jax.random.fold_in(key, count))
+
+    renewed = jax.tree.map(renew, opt_state, is_leaf=_is_state)
+    if not count:
+        raise ValueError("opt_state: holds no noise state (add_noise or dp_aggregate).")
+    return renewed

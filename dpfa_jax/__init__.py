@@ -12,5 +12,8 @@ from dpfa_jax.attention import attention_event as attention_event
 from dpfa_jax.attention import dp_dot_product_attention as dp_dot_product_attention
 from dpfa_jax.clipping import clipped_grad as clipped_grad
 from dpfa_jax.keys import SecureKey as SecureKey
+from dpfa_jax.ledger import Ledger as Ledger
 from dpfa_jax.optim import add_noise as add_noise
 from dpfa_jax.optim import dp_aggregate as dp_aggregate
+from dpfa_jax.sampling import PoissonSampler as PoissonSampler
+from dpfa_jax.sampling import UserSampler as UserSampler

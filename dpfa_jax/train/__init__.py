@@ -1,0 +1,1 @@
+"""Training on messages: configuration, data, model, loop, checkpoints, report."""

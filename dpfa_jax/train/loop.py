@@ -1,0 +1,367 @@
+"""The training run: charge, train, commit, show; and the same again after a crash.
+
+Order within a block of steps, which is what the guarantee rests on:
+
+1. the block's events are charged to the ledger, on disk;
+2. its steps run, each on a fresh Poisson batch with fresh noise;
+3. the checkpoint commits: this is the release;
+4. only then is anything shown that depends on the parameters.
+
+Every start of the program draws a new key from the operating system and writes down its
+fingerprint, nothing more. Steps that a crash undid were not released; they run again
+under the charge they have, with another key.
+"""
+
+import contextlib
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dp_accounting
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Key, PyTree
+
+from dpfa_jax import keys, optim
+from dpfa_jax.accounting import Accountant, calibrate_noise_multiplier
+from dpfa_jax.clipping import clipped_grad
+from dpfa_jax.ledger import Ledger
+from dpfa_jax.sampling import PoissonSampler, UserSampler
+from dpfa_jax.train import data as data_lib
+from dpfa_jax.train.config import Config
+from dpfa_jax.train.model import Model, losses, make_model
+from dpfa_jax.train.progress import Progress
+from dpfa_jax.train.report import write_report
+from dpfa_jax.train.schema import ConfigError
+from dpfa_jax.train.state import Checkpoints, locked, read_json, write_json
+
+# Children of a start's key.
+_NOISE, _SAMPLING, _INIT = 0, 1, 2
+
+
+class _Task(NamedTuple):
+    """Everything fixed during a run."""
+
+    config: Config
+    model: Model
+    train: data_lib.Chunks
+    validation: data_lib.Chunks
+    event: dp_accounting.DpEvent
+    noise_multiplier: float
+
+
+def run(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Trains, or continues, or finds everything done; returns the report.
+
+    Args:
+        config: a checked configuration.
+        run_dir: created if missing. Holds one run of one configuration.
+
+    Raises:
+        ConfigError: if the directory holds another run, or the data does not fit.
+        BudgetExceededError: if a charge would pass the budget; nothing is released.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(run_dir):
+        return _run(config, run_dir)
+
+
+def _run(config: Config, run_dir: Path) -> dict[str, Any]:
+    plan = _plan(config, run_dir)
+    finished = read_json(run_dir / "report.json")
+    if finished is not None:
+        return finished
+    train, validation = data_lib.load_chunks(config)
+    task = _Task(
+        config=config,
+        model=make_model(config.model, config.data.chunk_bytes),
+        train=train,
+        validation=validation,
+        event=step_event(config, plan["noise_multiplier"]),
+        noise_multiplier=plan["noise_multiplier"],
+    )
+    started = time.monotonic()
+    result = _train_private(task, run_dir)
+    result["training_seconds"] = round(time.monotonic() - started, 1)
+    comparison = _compare(task, run_dir)
+    return write_report(run_dir, config, {**plan, **result, **comparison})
+
+
+def step_event(config: Config, noise_multiplier: float) -> dp_accounting.DpEvent:
+    """What one step costs."""
+    # A sampler of its own: the event does not depend on the sampler's key.
+    sampler = PoissonSampler(
+        config.data.population,
+        config.sampling_probability,
+        config.training.padded_batch_size,
+        keys.SecureKey.generate(),
+    )
+    return sampler.event(noise_multiplier)
+
+
+def _plan(config: Config, run_dir: Path) -> dict[str, Any]:
+    """The noise multiplier and the facts of the first start; later starts read them."""
+    path = run_dir / "run.json"
+    plan = read_json(path)
+    if plan is not None:
+        if plan["config_fingerprint"] != config.fingerprint:
+            raise ConfigError(
+                f"--run-dir {run_dir}: holds a run of another configuration "
+                f"({plan['name']!r}); choose another directory."
+            )
+        return plan
+    noise_multiplier = calibrate_noise_multiplier(
+        lambda z: dp_accounting.SelfComposedDpEvent(step_event(config, z), config.training.steps),
+        epsilon=config.privacy.epsilon,
+        delta=config.privacy.delta,
+        adjacency=config.privacy.adjacency,
+    )
+    plan = {
+        "name": config.name,
+        "config_fingerprint": config.fingerprint,
+        "noise_multiplier": noise_multiplier,
+        "data_source": data_lib.source_description(config.data.source),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+    }
+    write_json(path, plan)
+    return plan
+
+
+def _start_key(config: Config, run_dir: Path) -> tuple[Key[Array, ""], str]:
+    """This start's key, and where it comes from. Its number is on disk before its use."""
+    path = run_dir / "starts.json"
+    starts = read_json(path) or []
+    seed = config.privacy.reproducible_seed
+    if seed is None:
+        secure = keys.SecureKey.generate()
+        key, source, fingerprint = secure.key(), secure.source, secure.fingerprint
+    else:
+        key = jax.random.fold_in(keys.reproducible_key(seed), len(starts))
+        source = f"reproducible seed {seed}: NOT PRIVATE, anybody can remove this noise"
+        fingerprint = f"seed {seed}, start {len(starts)}"
+    starts.append({"key_fingerprint": fingerprint, "time": time.time()})
+    write_json(path, starts)
+    return key, source
+
+
+def _optimizer(task: _Task, noise_key: Key[Array, ""]) -> optax.GradientTransformation:
+    c, t = task.config, task.config.training
+    std = optim.noise_std(
+        c.privacy.l2_clip_norm,
+        task.noise_multiplier,
+        t.expected_batch_size,
+        c.privacy.adjacency,
+    )
+    return optax.chain(
+        optim.add_noise(
+            c.privacy.l2_clip_norm,
+            task.noise_multiplier,
+            t.expected_batch_size,
+            noise_key,
+            adjacency=c.privacy.adjacency,
+        ),
+        optim.dp_adamw(
+            _schedule(c, t.learning_rate),
+            std,
+            b1=t.b1,
+            b2=t.b2,
+            floor=t.adam_floor_share * std,
+            weight_decay=t.weight_decay,
+        ),
+    )
+
+
+def _schedule(config: Config, peak: float) -> optax.Schedule:
+    t = config.training
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / (t.warmup_steps + 1),
+        peak_value=peak,
+        warmup_steps=t.warmup_steps,
+        decay_steps=t.steps,
+        end_value=peak * t.final_learning_rate_share,
+    )
+
+
+def _unit_loss(model: Model) -> Callable[[PyTree, Array], Array]:
+    """Mean nats a byte of one unit: of all of a user's chunks, or of one message."""
+
+    def loss(params: PyTree, symbols: Array) -> Array:
+        total, count = losses(model.apply(params, symbols), symbols)
+        return total / jnp.maximum(count, 1.0)
+
+    return loss
+
+
+class _Batches:
+    """Sampled batches as padded arrays [batch, chunks of a unit, bytes]."""
+
+    def __init__(self, task: _Task, key: Key[Array, ""]):
+        c = task.config
+        self._symbols = task.train.symbols
+        self._sampler = UserSampler(
+            task.train.unit,
+            max_examples_per_user=c.data.max_chunks_per_user if c.privacy.unit == "user" else 1,
+            sampling_probability=c.sampling_probability,
+            batch_size=c.training.padded_batch_size,
+            rng=key,
+        )
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        batch = self._sampler.sample(step)
+        symbols = self._symbols[batch.examples]
+        symbols[batch.is_padding_slot] = -1
+        return symbols, batch.is_padding_example
+
+
+def _evaluate(model: Model, params: PyTree, symbols: np.ndarray, size: int = 256) -> float:
+    """Nats a byte over some chunks."""
+    extra = -len(symbols) % size
+    padded = np.concatenate([symbols, np.full((extra, symbols.shape[1]), -1, np.int32)])
+    sums = _EVALUATE(model, params, padded.reshape(-1, size, symbols.shape[1]))
+    return float(sums[0] / sums[1])
+
+
+def _evaluate_sums(model: Model, params: PyTree, chunks: Array) -> tuple[Array, Array]:
+    totals = jax.lax.map(lambda x: losses(model.apply(params, x), x), chunks)
+    return jnp.sum(totals[0]), jnp.sum(totals[1])
+
+
+_EVALUATE = jax.jit(_evaluate_sums, static_argnums=0)
+
+
+def _train_private(task: _Task, run_dir: Path) -> dict[str, Any]:
+    c, t = task.config, task.config.training
+    key, key_source = _start_key(c, run_dir)
+    tx = _optimizer(task, jax.random.fold_in(key, _NOISE))
+    batches = _Batches(task, jax.random.fold_in(key, _SAMPLING))
+    grad = clipped_grad(
+        _unit_loss(task.model),
+        l2_clip_norm=c.privacy.l2_clip_norm,
+        microbatch_size=t.microbatch_size,
+    )
+
+    @jax.jit
+    def step(params: PyTree, state: PyTree, symbols: Array, padding: Array) -> tuple[Any, Any]:
+        total = grad(params, symbols, is_padding_example=padding)
+        updates, state = tx.update(total, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.jit(task.model.init)(jax.random.fold_in(key, _INIT))
+    state = tx.init(params)
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    ledger = Ledger(run_dir / "ledger.sqlite")
+    scope = f"run {c.fingerprint}"
+    ledger.open_budget(
+        scope,
+        epsilon=c.privacy.epsilon,
+        delta=c.privacy.delta,
+        adjacency=c.privacy.adjacency,
+        unit=c.privacy.unit,
+    )
+    with contextlib.closing(Checkpoints(run_dir)) as checkpoints, Progress(t.steps) as progress:
+        done, params, state, history = checkpoints.restore(params, state)
+        for block in _blocks(t.steps, t.checkpoint_every):
+            if block.stop <= done:
+                continue
+            ledger.charge(
+                scope,
+                f"steps {block.start} to {block.stop - 1}",
+                dp_accounting.SelfComposedDpEvent(task.event, len(block)),
+            )
+            for i in block:
+                params, state = step(params, state, *batches[i])
+                progress.step(i + 1)
+            loss = _evaluate(task.model, params, task.validation.symbols)
+            _check_finite(params)
+            history.append({"step": block.stop, "validation_loss": loss})
+            checkpoints.save(block.stop, params, state, history)
+            history[-1]["epsilon"] = _epsilon(task, block.stop)
+            progress.committed(block.stop, loss, history[-1]["epsilon"])
+    charges = ledger.charges(scope)
+    return {
+        "epsilon": ledger.spent(scope),
+        "steps": t.steps,
+        "steps_charged": sum(charge.event.count for charge in charges),
+        "starts": len(read_json(run_dir / "starts.json")),
+        "key_source": key_source,
+        "parameters": parameters,
+        "validation_loss": history[-1]["validation_loss"],
+        "unigram_loss": data_lib.unigram_loss(task.validation),
+        "validation_users": int(task.validation.unit[-1]) + 1,
+        "history": [{**h, "epsilon": _epsilon(task, h["step"])} for h in history],
+    }
+
+
+def _epsilon(task: _Task, steps: int) -> float:
+    """ε after some steps, for display: bins ten times wider than the ledger's."""
+    p = task.config.privacy
+    accountant = Accountant(p.adjacency, interval=1e-3).compose(task.event, steps)
+    return accountant.epsilon(p.delta)
+
+
+def _check_finite(params: PyTree) -> None:
+    # Noisy parameters that overflow are no release worth making; the cause is the
+    # learning rate, not a record: each record moves the sum by at most C.
+    if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params)):
+        raise ConfigError("training.learning_rate: training diverged; a smaller one is needed.")
+
+
+def _blocks(steps: int, size: int) -> Iterator[range]:
+    for start in range(0, steps, size):
+        yield range(start, min(start + size, steps))
+
+
+def _compare(task: _Task, run_dir: Path) -> dict[str, Any]:
+    """The same model trained WITHOUT privacy, if the configuration asks for it."""
+    c, t = task.config, task.config.training
+    if not c.report.release_nonprivate_comparison:
+        return {"nonprivate_validation_loss": None}
+    path = run_dir / "nonprivate.json"
+    done = read_json(path)
+    if done is not None:
+        return done
+    assert c.report.nonprivate_learning_rate is not None
+    key = keys.SecureKey.generate().key()
+    batches = _Batches(task, jax.random.fold_in(key, _SAMPLING))
+    params = jax.jit(task.model.init)(jax.random.fold_in(key, _INIT))
+    tx = optax.adamw(
+        _schedule(c, c.report.nonprivate_learning_rate),
+        b1=t.b1,
+        b2=t.b2,
+        weight_decay=t.weight_decay,
+    )
+    state = tx.init(params)
+    unit_loss = _unit_loss(task.model)
+
+    def batch_loss(params: PyTree, symbols: Array, padding: Array) -> Array:
+        each = jax.vmap(unit_loss, in_axes=(None, 0))(params, symbols)
+        return jnp.sum(jnp.where(padding, 0.0, each)) / t.expected_batch_size
+
+    @jax.jit
+    def step(params: PyTree, state: PyTree, symbols: Array, padding: Array) -> tuple[Any, Any]:
+        grads = jax.grad(batch_loss)(params, symbols, padding)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    history = []
+    started = time.monotonic()
+    with Progress(t.steps, title="not private") as progress:
+        for block in _blocks(t.steps, t.checkpoint_every):
+            for i in block:
+                params, state = step(params, state, *batches[i])
+                progress.step(i + 1)
+            loss = _evaluate(task.model, params, task.validation.symbols)
+            history.append({"step": block.stop, "validation_loss": loss})
+            progress.committed(block.stop, loss, math.inf)
+    done = {
+        "nonprivate_validation_loss": history[-1]["validation_loss"],
+        "nonprivate_history": history,
+        "nonprivate_seconds": round(time.monotonic() - started, 1),
+    }
+    write_json(path, done)
+    return done

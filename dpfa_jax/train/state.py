@@ -1,0 +1,112 @@
+"""What is on disk: the run's directory, its checkpoints, and what they may hold.
+
+A checkpoint is the release: parameters and optimiser moments after some number of steps,
+both functions of noisy gradients only. It holds no noise key. Steps after the last
+committed checkpoint were charged and never released; they are run again, with a fresh
+key and fresh batches, under the same charge (docs/privacy.md, section 6).
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from dpfa_jax.optim import without_keys
+from dpfa_jax.train.schema import ConfigError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is either the old one or the new one, whenever power fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """What :func:`write_json` wrote, or None if the file does not exist."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Only one process trains in a directory; the lock goes with its process."""
+    with (run_dir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"--run-dir {run_dir}: another process is training there.") from None
+        yield
+
+
+class Checkpoints:
+    """Orbax checkpoints of one run; a save is on disk when it returns."""
+
+    def __init__(self, run_dir: Path):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=False, create=True
+        )
+        self._manager = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
+
+    @staticmethod
+    def _leaves(params: PyTree, opt_state: PyTree) -> dict[str, list[jax.Array]]:
+        # Leaves in order, not the trees: the optimiser's state holds None where keys were.
+        return {
+            "params": jax.tree.leaves(params),
+            "opt_state": jax.tree.leaves(without_keys(opt_state)),
+        }
+
+    def save(self, step: int, params: PyTree, opt_state: PyTree, history: list[Any]) -> None:
+        """Commits the state after ``step`` steps."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(self._leaves(params, opt_state)),
+                history=ocp.args.JsonSave(history),
+            ),
+        )
+        self._manager.wait_until_finished()
+
+    def restore(self, params: PyTree, opt_state: PyTree) -> tuple[int, PyTree, PyTree, list[Any]]:
+        """The last committed state, or step 0 with what was given.
+
+        Args:
+            params: freshly initialised, for shapes.
+            opt_state: freshly initialised; its noise keys are kept.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return 0, params, opt_state, []
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._leaves(params, opt_state))
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(like), history=ocp.args.JsonRestore()
+            ),
+        )
+        params = jax.tree.unflatten(jax.tree.structure(params), found["state"]["params"])
+        return step, params, self._refill(opt_state, found["state"]["opt_state"]), found["history"]
+
+    @staticmethod
+    def _refill(opt_state: PyTree, saved: list[jax.Array]) -> PyTree:
+        """``opt_state`` with every leaf but the keys replaced by the saved one."""
+        leaves, structure = jax.tree.flatten(opt_state)
+        keep = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
+        values = iter(saved)
+        filled = [x if is_key else next(values) for x, is_key in zip(leaves, keep, strict=True)]
+        return jax.tree.unflatten(structure, filled)
+
+    def close(self) -> None:
+        """Ends background work."""
+        self._manager.close()

@@ -10,6 +10,8 @@ from dpfa_jax.accounting import calibrate_noise_multiplier as calibrate_noise_mu
 from dpfa_jax.attention import AttentionPrivacy as AttentionPrivacy
 from dpfa_jax.attention import attention_event as attention_event
 from dpfa_jax.attention import dp_dot_product_attention as dp_dot_product_attention
+from dpfa_jax.attention_fn import attention_fn as attention_fn
+from dpfa_jax.attention_fn import noise_key as noise_key
 from dpfa_jax.clipping import clipped_grad as clipped_grad
 from dpfa_jax.keys import SecureKey as SecureKey
 from dpfa_jax.ledger import Ledger as Ledger

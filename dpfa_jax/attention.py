@@ -89,6 +89,11 @@ class AttentionPrivacy:
             raise ValueError(f"unit={self.unit!r}: allowed are {_UNITS}.")
         _positive("noise_multiplier", self.noise_multiplier)
         _positive("value_clip", self.value_clip)
+        if not 1e-15 <= self.value_clip <= 1e15:
+            raise ValueError(
+                f"value_clip={self.value_clip!r}: allowed is 1e-15 to 1e15, so that float32 holds "
+                "its square; scale the values."
+            )
         allowed = _ADJACENCIES[self.unit]
         if self.adjacency not in allowed:
             raise ValueError(
@@ -99,8 +104,14 @@ class AttentionPrivacy:
             raise ValueError(f"rows_per_record={m!r}: allowed is a whole number >= 1.")
         if self.unit == "record":
             bound = self.logit_bound
-            if not isinstance(bound, int | float) or not math.isfinite(bound):
-                raise ValueError(f"logit_bound={bound!r}: unit='record' needs a finite number.")
+            if (
+                isinstance(bound, bool)
+                or not isinstance(bound, int | float)
+                or not abs(bound) <= 1e30
+            ):
+                raise ValueError(
+                    f"logit_bound={bound!r}: unit='record' needs a number from -1e30 to 1e30."
+                )
             if self.denominator_floor is not None:
                 _positive("denominator_floor", self.denominator_floor)
         else:
@@ -213,7 +224,7 @@ def _window(local_window_size: int | tuple[int, int] | None) -> tuple[int, int] 
     if local_window_size is None:
         return None
     size = local_window_size
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = size if isinstance(size, tuple | list) else (size, size)
     if len(pair) != 2 or any(not isinstance(x, int) or x < 0 for x in pair):
         raise ValueError(
             f"local_window_size={local_window_size!r}: allowed is a whole number >= 0 "
@@ -238,7 +249,8 @@ def _check_varying(rng: jax.Array, operands: tuple[jax.Array, ...]) -> None:
     """Inside ``shard_map``: data that differs between devices needs keys that do."""
 
     def varying(x: jax.Array) -> frozenset[str]:
-        return frozenset(getattr(jax.typeof(x), "vma", frozenset()))
+        # No default: without this attribute the check would pass everything in silence.
+        return frozenset(jax.typeof(x).manual_axis_type.varying)
 
     missing = frozenset().union(*map(varying, operands)) - varying(rng)
     if missing:
@@ -310,8 +322,9 @@ def dp_dot_product_attention(
         (1, 5, 2, 8)
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    depth = max(1, query.shape[-1]) if query.ndim else 1  # empty axes are refused below
     if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1]) if query.ndim else 1.0
+        scale = 1.0 / math.sqrt(depth)
     elif isinstance(scale, jax.core.Tracer) or not math.isfinite(scale):
         raise ValueError(f"scale={scale!r}: a finite Python number is needed; it is public.")
     window = _window(local_window_size)
@@ -341,10 +354,11 @@ def dp_dot_product_attention(
             raise ValueError(f"record_ids has shape {record_ids.shape}: {key.shape[:2]} is needed.")
         keep = _keep_first_rows(record_ids, privacy.rows_per_record)[:, None, None, :]
         mask = keep if mask is None else mask & keep
-    _check_varying(rng, (query, key, value))
+    operands = (query, key, value, key_value_seq_lengths, mask)
+    _check_varying(rng, tuple(x for x in operands if x is not None))
     spec = privacy.spec(
         scale=float(scale),
-        head_dim=query.shape[-1] if query.ndim else 0,
+        head_dim=depth,
         num_keys=key.shape[1] if key.ndim > 1 else 0,
         dtype=str(query.dtype),
         is_causal=is_causal,

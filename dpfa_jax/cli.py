@@ -60,10 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _train(args.config, args.run_dir)
     except ValueError as error:
-        from dpfa_jax.ledger import BudgetExceededError
+        from dpfa_jax.ledger import LedgerError
         from dpfa_jax.train.schema import ConfigError
 
-        if not isinstance(error, BudgetExceededError | ConfigError):
+        if not isinstance(error, LedgerError | ConfigError):
             raise
         print(f"dpfa: {error}", file=sys.stderr)
         return 2

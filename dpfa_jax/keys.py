@@ -21,6 +21,7 @@ Printing a JAX key array prints its words. Print :attr:`SecureKey.fingerprint` i
 
 import collections
 import contextlib
+import functools
 import hashlib
 import secrets
 import threading
@@ -88,7 +89,11 @@ def wrap(words: UInt32[Array, "*b 8"]) -> Key[Array, "*b"]:
     return jax.random.wrap_key_data(words, impl=_IMPL)
 
 
-_DTYPE = wrap(jnp.zeros(8, jnp.uint32)).dtype
+@functools.cache
+def _dtype() -> object:
+    # Not a constant: making one array at import would start JAX's back ends.
+    with jax.ensure_compile_time_eval():
+        return wrap(jnp.zeros(8, jnp.uint32)).dtype
 
 
 class SecureKey:
@@ -119,7 +124,9 @@ class SecureKey:
 
     def key(self) -> Key[Array, ""]:
         """The typed JAX key array, ``key<chacha20>[]``."""
-        return wrap(jnp.asarray(np.frombuffer(self._secret, dtype="<u4").astype(np.uint32)))
+        # Concrete also inside a traced function, where :func:`consume` must recognise it.
+        with jax.ensure_compile_time_eval():
+            return wrap(jnp.asarray(np.frombuffer(self._secret, dtype="<u4").astype(np.uint32)))
 
     @property
     def fingerprint(self) -> str:
@@ -149,7 +156,7 @@ def reproducible_key(seed: int) -> Key[Array, ""]:
 
 def is_noise_key(key: object) -> bool:
     """Whether ``key`` is a typed key array of this module's implementation."""
-    return isinstance(key, jax.Array) and key.dtype == _DTYPE
+    return isinstance(key, jax.Array) and key.dtype == _dtype()
 
 
 def check_noise_key(key: object, argument: str = "rng") -> Key[Array, "*b"]:
@@ -199,17 +206,51 @@ def allow_reuse_for_tests() -> Iterator[None]:
         _reuse_allowed.value = before
 
 
+def refuse_frozen_key(key: Key[Array, "*b"], argument: str) -> None:
+    """Raises if compiled code would make the same noise from ``key`` at every execution.
+
+    While JAX records a program (the body of ``jit``, ``scan``, ``checkpoint``, ...), a
+    key from outside that body is a constant of the program: each execution, each
+    iteration of a loop, draws the same noise again, and no Python runs that could see
+    it. A key that is an argument of the body is fine, and so is a key outside ``vmap``
+    or ``grad``, which record nothing themselves.
+
+    An operation on constants tells the two apart: inside a program it is recorded, and
+    its result is a tracer of the innermost program; otherwise it is computed at once.
+
+    Raises:
+        ValueError: if the key is not a value of the program that is being recorded.
+    """
+    probe = jax.lax.add(np.float32(0), np.float32(0))
+    if not isinstance(probe, jax.core.Tracer):
+        return
+    # JAX has no public way to ask which program a tracer belongs to. Should these two
+    # attributes go, every noisy call under jit fails; none passes unseen.
+    program = probe._trace
+    trace = key._trace if isinstance(key, jax.core.Tracer) else None
+    while trace is not None and trace is not program:  # out of vmap and grad
+        trace = getattr(trace, "parent_trace", None)
+    if trace is None:
+        raise ValueError(
+            f"{argument}: the key comes from outside the function that JAX is tracing (jit, scan, "
+            "checkpoint, eval_shape, ...), so its noise would be the same at every execution. "
+            "Make the key an argument of that function, and use it inside."
+        )
+
+
 def consume(key: Key[Array, "*b"], argument: str = "rng") -> UInt32[Array, "*b 8"]:
     """The words of a key that is about to make noise; a second call for it raises.
 
-    Seen are: the same value outside ``jit``, and the same traced value inside one trace.
+    Seen are: the same value outside ``jit``, the same traced value inside one trace, and
+    a key that is a constant of a traced function.
 
     Raises:
-        ValueError: if the key has made noise before.
+        ValueError: if the key has made noise before, or would make it again.
     """
     words = jax.random.key_data(key)
     if getattr(_reuse_allowed, "value", False):
         return words
+    refuse_frozen_key(key, argument)
     seen = _mark_tracer(key) if isinstance(key, jax.core.Tracer) else _mark_value(words)
     if seen:
         raise ValueError(

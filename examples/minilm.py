@@ -82,14 +82,13 @@ def forward(
 
 @dataclass(frozen=True)
 class Encoder:
-    """Weights and tokenizer of one encoder, and a fingerprint of the files they came from."""
+    """The weights, the shape and the tokenizer of one encoder."""
 
     outer: Params
     layers: Params
     heads: int
     eps: float
     tokenizer: tokenizers.Tokenizer
-    fingerprint: str
 
     def embed(
         self,
@@ -112,8 +111,8 @@ class Encoder:
         tokenizer.enable_truncation(max_tokens)
         tokens = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
         by_length: dict[int, list[int]] = {}
-        for i, ids in enumerate(tokens):
-            by_length.setdefault(-(-len(ids) // LENGTH_STEP) * LENGTH_STEP, []).append(i)
+        for i, tokens_of_text in enumerate(tokens):
+            by_length.setdefault(-(-len(tokens_of_text) // LENGTH_STEP) * LENGTH_STEP, []).append(i)
 
         width = self.outer["embeddings.word_embeddings.weight"].shape[1]
         vectors, done = np.empty((len(texts), width), np.float32), 0
@@ -133,6 +132,25 @@ class Encoder:
         return vectors
 
 
+def _check_files(folder: Path) -> None:
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"folder={str(folder)!r} lacks {', '.join(missing)}.")
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 over an encoder's files, to name what a cached embedding came from.
+
+    Raises:
+        ValueError: If a file is missing.
+    """
+    _check_files(Path(folder))
+    digest = hashlib.sha256()
+    for name in FILES:
+        digest.update(hashlib.sha256((Path(folder) / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def load(folder: str | Path) -> Encoder:
     """Read an encoder from a folder with ``config.json``, weights and ``tokenizer.json``.
 
@@ -140,19 +158,16 @@ def load(folder: str | Path) -> Encoder:
         ValueError: If a file is missing or the configuration is not that of a plain BERT.
     """
     folder = Path(folder)
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"folder={str(folder)!r} lacks {', '.join(missing)}.")
+    _check_files(folder)
     config = json.loads((folder / "config.json").read_text())
     for name, allowed in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
-        if config[name] != allowed:
-            raise ValueError(f"{name}={config[name]!r} in config.json; only {allowed!r} is known.")
+        if config.get(name) != allowed:
+            raise ValueError(
+                f"{name}={config.get(name)!r} in config.json; only {allowed!r} is known."
+            )
     weights = safetensors.numpy.load_file(folder / "model.safetensors")
     count = config["num_hidden_layers"]
     names = [n.removeprefix("encoder.layer.0.") for n in weights if ".layer.0." in n]
-    digest = hashlib.sha256()
-    for name in FILES:
-        digest.update((folder / name).read_bytes())
     return Encoder(
         outer={n: jnp.asarray(w) for n, w in weights.items() if n.startswith("embeddings.")},
         layers={
@@ -162,5 +177,4 @@ def load(folder: str | Path) -> Encoder:
         heads=config["num_attention_heads"],
         eps=config["layer_norm_eps"],
         tokenizer=tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),
-        fingerprint=digest.hexdigest(),
     )

@@ -1,9 +1,17 @@
 """Every test runs with strict dtype promotion, on CPU unless it is marked gpu."""
 
-import jax
-import pytest
+import os
+from pathlib import Path
 
-jax.config.update("jax_threefry_partitionable", True)
+# Compiled programs are shared between the tests, their workers and the processes that
+# they start; most of the suite's time would go into compiling the same again.
+_CACHE = Path(__file__).parents[1] / ".cache" / "tests-jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

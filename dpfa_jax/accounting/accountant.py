@@ -8,6 +8,7 @@ stated adjacency, so that one Gaussian release with z = 1 has μ = 1 (ε = 4.38 
 place.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -156,29 +157,33 @@ def calibrate_noise_multiplier(
     """
     check_budget(epsilon, delta)
 
-    def excess(log_z: float, interval: float = 5e-3) -> float:
+    @functools.cache
+    def excess(log_z: float, interval: float = _INTERVAL) -> float:
         """log(ε of the plan / target), a smooth falling function of log z."""
         accountant = Accountant(adjacency, method, interval=interval)
         value = accountant.compose(make_event(math.exp(log_z))).epsilon(delta)
         return math.log(min(max(value, 1e-12), 1e12) / epsilon)
 
-    # The answer lies between `low`, which costs too much, and `high`, which fits.
-    high = 0.0
-    low = -math.inf
-    while excess(high) > 0:
-        low, high = high, high + math.log(4)
+    # Coarse intervals are fast, and pessimistic (over thousands of steps by far): they
+    # give a first answer that fits. It is then lowered with the default interval. Small
+    # multipliers cost most time and memory, so the search comes from above.
+    coarse = max(_INTERVAL, min(5e-3, epsilon))
+    high, step = math.log(1024), math.log(4)
+    while excess(high, coarse) > 0:
+        high += step
         if high > math.log(1e9):
             raise ValueError(f"epsilon={epsilon}, delta={delta}: no multiplier below 1e9 fits.")
-    while low == -math.inf:
-        below = high - math.log(4)
-        if below < math.log(1e-6):
+    while excess(high - step, coarse) <= 0:
+        high -= step
+        if high < math.log(1e-6):
             return math.exp(high)
-        if excess(below) > 0:
-            low = below
-        else:
-            high = below
-    # Coarse intervals are pessimistic and fast: search with them, decide with the default.
-    log_z = scipy.optimize.brentq(lambda x: excess(x, 1e-3), low, high, xtol=tolerance / 4)
-    while excess(log_z, _INTERVAL) > 0:
+    high = scipy.optimize.brentq(lambda x: excess(x, coarse), high - step, high, xtol=tolerance / 4)
+    while excess(high) > 0:
+        high += tolerance / 4
+    step = tolerance
+    while excess(high - step) <= 0:
+        high, step = high - step, 2 * step
+    log_z = scipy.optimize.brentq(excess, high - step, high, xtol=tolerance / 4)
+    while excess(log_z) > 0:
         log_z += tolerance / 4
     return math.exp(log_z)

@@ -18,12 +18,30 @@ _CLASSES = {
     )
 }
 
+_COUNTS = ("count", "dataset_size", "truncated_batch_size")
+
+
+def _value_to_json(name: str, value: Any) -> Any:
+    """One field of an event, checked: a negative count would give budget back."""
+    if name == "event":
+        return event_to_json(value)
+    if name == "events":
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"events={value!r}: a list of events is needed.")
+        return [event_to_json(v) for v in value]
+    allowed = int if name in _COUNTS else int | float
+    if not isinstance(value, allowed) or isinstance(value, bool) or not value >= 0:
+        kind = "whole number" if name in _COUNTS else "number"
+        raise ValueError(f"{name}={value!r}: allowed is a {kind} >= 0.")
+    return value
+
 
 def event_to_json(event: dp_accounting.DpEvent) -> dict[str, Any]:
     """A dictionary of JSON values that :func:`event_from_json` reads back.
 
     Raises:
-        ValueError: for a kind of event that the accountant does not compose.
+        ValueError: for a kind of event that the accountant does not compose, or a field
+            that is not allowed.
 
     Example:
         >>> event_to_json(dp_accounting.GaussianDpEvent(2.0))
@@ -34,12 +52,7 @@ def event_to_json(event: dp_accounting.DpEvent) -> dict[str, Any]:
         raise ValueError(f"event {kind}: allowed are {tuple(_CLASSES)}.")
     out: dict[str, Any] = {"kind": kind}
     for field in attr.fields(type(event)):
-        value = getattr(event, field.name)
-        if isinstance(value, dp_accounting.DpEvent):
-            value = event_to_json(value)
-        elif isinstance(value, list | tuple):
-            value = [event_to_json(v) for v in value]
-        out[field.name] = value
+        out[field.name] = _value_to_json(field.name, getattr(event, field.name))
     return out
 
 
@@ -49,7 +62,7 @@ def event_from_json(data: dict[str, Any]) -> dp_accounting.DpEvent:
     Raises:
         ValueError: for anything it did not write.
     """
-    if not isinstance(data, dict) or data.get("kind") not in _CLASSES:
+    if not isinstance(data, dict) or data.get("kind") not in tuple(_CLASSES):
         raise ValueError(f"event {data!r}: no known kind.")
     cls = _CLASSES[data["kind"]]
     names = {field.name for field in attr.fields(cls)}
@@ -63,4 +76,6 @@ def event_from_json(data: dict[str, Any]) -> dp_accounting.DpEvent:
         elif isinstance(value, list):
             value = [event_from_json(v) for v in value]
         values[name] = value
-    return cls(**values)
+    event = cls(**values)
+    event_to_json(event)  # checks the fields
+    return event

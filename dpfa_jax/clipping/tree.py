@@ -43,8 +43,9 @@ def clip_and_sum(
 
 
 def check_clip_norm(l2_clip_norm: Any) -> float:
-    """The clip norm as a float, or ValueError unless it is finite and above 0."""
+    """The clip norm as a float, or ValueError unless it is from 1e-9 to 1e9."""
     is_number = isinstance(l2_clip_norm, int | float) and not isinstance(l2_clip_norm, bool)
-    if not (is_number and 0 < l2_clip_norm < float("inf")):
-        raise ValueError(f"l2_clip_norm={l2_clip_norm!r}: allowed is a finite number > 0.")
+    # Within these, squares of a norm neither vanish nor overflow in float32.
+    if not (is_number and 1e-9 <= l2_clip_norm <= 1e9):
+        raise ValueError(f"l2_clip_norm={l2_clip_norm!r}: allowed is a number from 1e-9 to 1e9.")
     return float(l2_clip_norm)

@@ -1,5 +1,5 @@
 """The budget on disk."""
 
-from dpfa_jax.ledger.sqlite import BudgetExceededError, Ledger
+from dpfa_jax.ledger.sqlite import AlreadyReleasedError, BudgetExceededError, Ledger, LedgerError
 
-__all__ = ["BudgetExceededError", "Ledger"]
+__all__ = ["AlreadyReleasedError", "BudgetExceededError", "Ledger", "LedgerError"]

@@ -9,7 +9,8 @@ keys. Between neighbours one block and its ancestors round differently, the rest
 same data and so the same float. With b = min(128, n), γ = b u / (1 − b u) and u = 2⁻²³
 (twice float32's unit roundoff, because matrix units truncate), the block contributes
 2·γ·b·C (N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2002, eq. 3.3) and
-the ancestors 2·u·n·C·(1 + ½ + ¼ + ...) <= 4·u·n·C.
+the ancestors 4·u·n·C: together they hold less than 3n keys, and an addition outside a
+matrix product errs by half a u.
 """
 
 import dataclasses
@@ -21,6 +22,9 @@ _BLOCK = 128
 _U = 2.0**-23
 # Twice the unit roundoff of the format in which a clipped value row is held.
 _HELD = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+# Half the spacing of float16's smallest numbers, which have no relative precision. The
+# other formats have theirs far below any clip.
+_HALF_STEP = {"float32": 0.0, "bfloat16": 0.0, "float16": 2.0**-25}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +48,12 @@ class RecordSensitivity:
         return noise_multiplier * self.joint / self.denominator_weight
 
 
-def _held_excess(dtype: str, head_dim: int) -> float:
+def _held_excess(value_clip: float, dtype: str, head_dim: int) -> float:
     """How far a clipped row may exceed C, relative: its format, and the norm's own error."""
     if dtype not in _HELD:
         raise ValueError(f"dtype={dtype!r}: allowed are {tuple(_HELD)}.")
-    return _HELD[dtype] + (head_dim / 2 + 4) * _U
+    small = math.sqrt(head_dim) * _HALF_STEP[dtype] / value_clip
+    return _HELD[dtype] + small + (head_dim / 2 + 4) * _U
 
 
 def _summation_error(num_keys: int) -> float:
@@ -84,7 +89,7 @@ def record_sensitivity(
         (0.5, 1.118)
     """
     error = _summation_error(num_keys)
-    c = value_clip * (1 + _held_excess(dtype, head_dim) + error)
+    c = value_clip * (1 + _held_excess(value_clip, dtype, head_dim) + error)
     weight = 1 + error
     if adjacency_factor(adjacency) == 1:
         c_l = value_clip * head_dim**-0.25
@@ -109,5 +114,5 @@ def sequence_sensitivity(value_clip: float, *, head_dim: int, num_keys: int, dty
         >>> round(sequence_sensitivity(1.0, head_dim=64, num_keys=64, dtype="float32"), 3)
         2.0
     """
-    excess = (1 + _held_excess(dtype, head_dim)) * (1 + _HELD[dtype] + 2 * num_keys * _U)
-    return 2 * value_clip * excess
+    held = 1 + _held_excess(value_clip, dtype, head_dim)
+    return 2 * value_clip * held * (1 + _HELD[dtype] + 2 * num_keys * _U)

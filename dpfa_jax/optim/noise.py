@@ -6,11 +6,13 @@ with k = 1 for ``add_remove`` and 2 for ``replace_one`` (docs/privacy.md, sectio
 divisor is a public constant, never the actual batch size.
 """
 
+import hashlib
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Key, PyTree, UInt32
 
@@ -22,6 +24,9 @@ from pallas_kernels import prng
 # Noisy sums are rounded to a multiple of a power of two near σ·2⁻¹⁰: the last digits of an
 # unrounded float tell from which sum it came (docs/privacy.md, section 5).
 _GRID = 10
+# Noise is this much larger than asked, for the rounding of the sum of clipped gradients,
+# which may move it by a little more than C (docs/privacy.md, section 4).
+_ROUNDING = 1.0 + 2.0**-10
 
 
 class DPNoiseState(NamedTuple):
@@ -80,7 +85,7 @@ def add_noise(
         l2_clip_norm: C, the clip norm of the sum's terms.
         noise_multiplier: z; 0 adds no noise (and protects nothing).
         expected_batch_size: the public divisor.
-        rng: a key for this optimiser alone. There is no default.
+        rng: a key for this transformation alone. There is no default; a second use raises.
         adjacency: ``'add_remove'`` or ``'replace_one'``.
 
     Raises:
@@ -95,8 +100,9 @@ def add_noise(
         1
     """
     std = noise_std(l2_clip_norm, noise_multiplier, expected_batch_size, adjacency)
-    sum_std = std * expected_batch_size
+    sum_std = std * expected_batch_size * _ROUNDING
     key = keys.check_noise_key(rng)
+    keys.consume(key)
 
     def init(params: PyTree) -> DPNoiseState:
         del params
@@ -117,17 +123,28 @@ def add_noise(
 
 
 def _add(updates: PyTree, step_key: jax.Array, std: float) -> PyTree:
-    leaves, structure = jax.tree.flatten(updates)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
     spacing = 2.0 ** (math.floor(math.log2(std)) - _GRID) if std else 0.0
+    stream = prng.derive_key(step_key, keys.GRADIENT)
     noisy = []
-    for index, leaf in enumerate(leaves):
+    for path, leaf in leaves:
         x = leaf.astype(jnp.float32)
         if std:
-            child = prng.derive_key(step_key, keys.GRADIENT, index)
-            g = prng.normal_stream(child, leaf.size).reshape(leaf.shape)
+            g = prng.normal_stream(stream, leaf.size, _leaf_nonce(path)).reshape(leaf.shape)
             x = jnp.round((x + jnp.float32(std) * g) / spacing) * spacing
         noisy.append(x)
     return jax.tree.unflatten(structure, noisy)
+
+
+def _leaf_nonce(path: tuple[Any, ...]) -> tuple[int, int, int]:
+    """Three words that name a leaf within a step's stream: a hash of its path.
+
+    Not its number: ``optax.multi_transform`` shows one transformation several trees with
+    leaves left out, and the first leaf of each would get the same noise.
+    """
+    digest = hashlib.sha256(jax.tree_util.keystr(path).encode()).digest()
+    first, second, third = (int(word) for word in np.frombuffer(digest[:12], "<u4"))
+    return first, second, third
 
 
 def dp_aggregate(
@@ -194,6 +211,7 @@ def with_fresh_key(opt_state: PyTree, rng: Key[Array, ""] | keys.SecureKey) -> P
         ValueError: for an unsuited key, or if there is no noise state to give it to.
     """
     key = keys.check_noise_key(rng)
+    keys.consume(key)
     count = 0
 
     def renew(state: Any) -> Any:

@@ -114,7 +114,8 @@ class PoissonSampler:
                 self.sampling_probability, dp_accounting.GaussianDpEvent(noise_multiplier)
             )
         return dp_accounting.TruncatedSubsampledGaussianDpEvent(
-            dataset_size=self.population,
+            # The larger of two neighbours may have one record more than this population.
+            dataset_size=self.population + 1,
             sampling_probability=self.sampling_probability,
             truncated_batch_size=self.batch_size,
             noise_multiplier=noise_multiplier,

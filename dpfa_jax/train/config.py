@@ -27,7 +27,7 @@ class DataConfig:
     source: str = option(one_of("chitchat"))
     population: int = option(whole(2))
     chunk_bytes: int = option(whole(8, 4096))
-    max_chunks_per_user: int = option(whole(1, 100_000))
+    max_chunks_per_user: int | None = option(optional(whole(1, 100_000)), default=None)
     validation_fraction: float = option(number(0.0, 0.9))
 
 
@@ -39,7 +39,7 @@ class PrivacyConfig:
     adjacency: str = option(one_of("add_remove", "replace_one"))
     epsilon: float = option(number(0.0))
     delta: float = option(number(0.0, 0.5))
-    l2_clip_norm: float = option(number(0.0))
+    l2_clip_norm: float = option(number(1e-9, 1e9))
     reproducible_seed: int | None = option(optional(whole(0)), default=None)
 
 
@@ -174,6 +174,12 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"training.warmup_steps = {train.warmup_steps}: allowed is less than "
             f"training.steps = {train.steps}."
+        )
+    if (privacy.unit == "user") != (data.max_chunks_per_user is not None):
+        raise ConfigError(
+            f"data.max_chunks_per_user = {data.max_chunks_per_user}: allowed is a whole number "
+            "with privacy.unit = 'user', whose examples are capped before sampling, and nothing "
+            "with 'message': a cap would let one message push out another."
         )
     heads = len(model.head_windows)
     if model.width % heads:

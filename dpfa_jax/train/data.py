@@ -24,6 +24,8 @@ from dpfa_jax.train.config import Config
 from dpfa_jax.train.schema import ConfigError
 
 SYMBOLS = 97
+# Messages of one validation user that are evaluated, with the message as the unit.
+_VALIDATION_MESSAGES = 40
 _NEWLINE = 1
 
 
@@ -33,10 +35,12 @@ class Chunks(NamedTuple):
     Attributes:
         symbols: int32[chunks, chunk_bytes], 0 to 96; -1 after the end of the text.
         unit: int32[chunks], the number of the user (or message) that each belongs to.
+        users: how many users wrote them.
     """
 
     symbols: Int32[np.ndarray, "n l"]
     unit: Int32[np.ndarray, "n"]
+    users: int
 
 
 def fold(text: str) -> Int32[np.ndarray, "n"]:
@@ -106,16 +110,21 @@ def split_users(
 def user_chunks(users: dict[str, list[str]], config: Config) -> Chunks:
     """The first ``max_chunks_per_user`` chunks of each user's joined messages."""
     size, most = config.data.chunk_bytes, config.data.max_chunks_per_user
+    assert most is not None
     parts = [_chunk(fold("\n".join(m) + "\n"), size, most) for m in users.values()]
     owner = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts])
-    return Chunks(np.concatenate(parts), owner)
+    return Chunks(np.concatenate(parts), owner, len(users))
 
 
 def message_chunks(users: dict[str, list[str]], config: Config) -> Chunks:
-    """One chunk a message, the first ``max_chunks_per_user`` messages of each user."""
-    size, most = config.data.chunk_bytes, config.data.max_chunks_per_user
-    parts = [_chunk(fold(m + "\n"), size, 1) for ms in users.values() for m in ms[:most]]
-    return Chunks(np.concatenate(parts), np.arange(len(parts), dtype=np.int32))
+    """The first ``chunk_bytes`` bytes of every message, one unit each.
+
+    No cap: a user's cap would let one message more push another out, so that two
+    records change where the guarantee counts one.
+    """
+    size = config.data.chunk_bytes
+    parts = [_chunk(fold(m + "\n"), size, 1) for ms in users.values() for m in ms]
+    return Chunks(np.concatenate(parts), np.arange(len(parts), dtype=np.int32), len(users))
 
 
 def load_chunks(config: Config) -> tuple[Chunks, Chunks]:
@@ -125,8 +134,11 @@ def load_chunks(config: Config) -> tuple[Chunks, Chunks]:
         ConfigError: if the number of units is not the configured ``population``.
     """
     training, validation = split_users(read_chitchat(), config)
-    make = user_chunks if config.privacy.unit == "user" else message_chunks
-    train, held_out = make(training, config), make(validation, config)
+    if config.privacy.unit == "user":
+        train, held_out = user_chunks(training, config), user_chunks(validation, config)
+    else:
+        few = {sender: m[:_VALIDATION_MESSAGES] for sender, m in validation.items()}
+        train, held_out = message_chunks(training, config), message_chunks(few, config)
     units = int(train.unit[-1]) + 1
     if units != config.data.population:
         raise ConfigError(

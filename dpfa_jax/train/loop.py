@@ -4,7 +4,7 @@ Order within a block of steps, which is what the guarantee rests on:
 
 1. the block's events are charged to the ledger, on disk;
 2. its steps run, each on a fresh Poisson batch with fresh noise;
-3. the checkpoint commits: this is the release;
+3. the checkpoint commits: this is the release, and the ledger notes that it was made;
 4. only then is anything shown that depends on the parameters.
 
 Every start of the program draws a new key from the operating system and writes down its
@@ -28,7 +28,7 @@ import optax
 from jaxtyping import Array, Key, PyTree
 
 from dpfa_jax import keys, optim
-from dpfa_jax.accounting import Accountant, calibrate_noise_multiplier
+from dpfa_jax.accounting import calibrate_noise_multiplier
 from dpfa_jax.clipping import clipped_grad
 from dpfa_jax.ledger import Ledger
 from dpfa_jax.sampling import PoissonSampler, UserSampler
@@ -205,7 +205,7 @@ class _Batches:
         self._symbols = task.train.symbols
         self._sampler = UserSampler(
             task.train.unit,
-            max_examples_per_user=c.data.max_chunks_per_user if c.privacy.unit == "user" else 1,
+            max_examples_per_user=c.data.max_chunks_per_user or 1,
             sampling_probability=c.sampling_probability,
             batch_size=c.training.padded_batch_size,
             rng=key,
@@ -265,23 +265,25 @@ def _train_private(task: _Task, run_dir: Path) -> dict[str, Any]:
     )
     with contextlib.closing(Checkpoints(run_dir)) as checkpoints, Progress(t.steps) as progress:
         done, params, state, history = checkpoints.restore(params, state)
+        _check_finite(params)
         for block in _blocks(t.steps, t.checkpoint_every):
+            label = f"steps {block.start} to {block.stop - 1}"
             if block.stop <= done:
+                ledger.mark_released(scope, label)
                 continue
-            ledger.charge(
-                scope,
-                f"steps {block.start} to {block.stop - 1}",
-                dp_accounting.SelfComposedDpEvent(task.event, len(block)),
-            )
+            # Refuses a block that was released: its checkpoint is gone, and running it
+            # again would release it a second time under one charge.
+            ledger.charge(scope, label, dp_accounting.SelfComposedDpEvent(task.event, len(block)))
             for i in block:
                 params, state = step(params, state, *batches[i])
                 progress.step(i + 1)
             loss = _evaluate(task.model, params, task.validation.symbols)
-            _check_finite(params)
-            history.append({"step": block.stop, "validation_loss": loss})
+            epsilon = ledger.spent(scope, fine=False)
+            history.append({"step": block.stop, "validation_loss": loss, "epsilon": epsilon})
             checkpoints.save(block.stop, params, state, history)
-            history[-1]["epsilon"] = _epsilon(task, block.stop)
-            progress.committed(block.stop, loss, history[-1]["epsilon"])
+            ledger.mark_released(scope, label)
+            progress.committed(block.stop, loss, epsilon)
+            _check_finite(params)
     charges = ledger.charges(scope)
     return {
         "epsilon": ledger.spent(scope),
@@ -292,21 +294,13 @@ def _train_private(task: _Task, run_dir: Path) -> dict[str, Any]:
         "parameters": parameters,
         "validation_loss": history[-1]["validation_loss"],
         "unigram_loss": data_lib.unigram_loss(task.validation),
-        "validation_users": int(task.validation.unit[-1]) + 1,
-        "history": [{**h, "epsilon": _epsilon(task, h["step"])} for h in history],
+        "validation_users": task.validation.users,
+        "history": history,
     }
 
 
-def _epsilon(task: _Task, steps: int) -> float:
-    """ε after some steps, for display: bins ten times wider than the ledger's."""
-    p = task.config.privacy
-    accountant = Accountant(p.adjacency, interval=1e-3).compose(task.event, steps)
-    return accountant.epsilon(p.delta)
-
-
 def _check_finite(params: PyTree) -> None:
-    # Noisy parameters that overflow are no release worth making; the cause is the
-    # learning rate, not a record: each record moves the sum by at most C.
+    # After the commit: that a run diverged is something it shows about its parameters.
     if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params)):
         raise ConfigError("training.learning_rate: training diverged; a smaller one is needed.")
 

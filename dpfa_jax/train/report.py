@@ -75,7 +75,7 @@ def rederivation(config: Config, result: dict[str, Any]) -> str:
     if t.padded_batch_size < n:
         event = (
             "dp_accounting.TruncatedSubsampledGaussianDpEvent(\n"
-            f"    dataset_size={n}, sampling_probability={q},\n"
+            f"    dataset_size={n + 1}, sampling_probability={q},\n"
             f"    truncated_batch_size={t.padded_batch_size}, noise_multiplier={z!r})"
         )
     else:

@@ -55,7 +55,11 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path):
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False, create=True
+            max_to_keep=2,
+            enable_async_checkpointing=False,
+            create=True,
+            # What a crash left half written was not released; it goes.
+            cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
 

@@ -64,7 +64,8 @@ def attention(
     noise = None
     if spec.is_noisy:
         assert key_words is not None
-        counters = common.batch_counters(key_words, query.shape[0], (query, key, value))
+        operands = [x for x in (query, key, value, lengths, mask) if x is not None]
+        counters = common.batch_counters(key_words, query.shape[0], operands)
         noise = (key_words, counters)
     return run(query, key, value, spec, noise=noise, lengths=lengths, mask=mask)
 

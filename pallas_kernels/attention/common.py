@@ -13,6 +13,9 @@ from pallas_kernels.attention.spec import AttentionSpec
 # Children of a call's key (see pallas_kernels.prng.derive_key).
 NUMERATOR, DENOMINATOR = 16, 17
 
+# Keys that one matrix product sums (record mode).
+BLOCK = 128
+
 
 def allowed_columns(
     spec: AttentionSpec,
@@ -34,7 +37,7 @@ def allowed_columns(
         left, right = spec.window
         parts.append(((column >= row - left) & (column <= row + right))[None, None])
     if lengths is not None:
-        parts.append((column < lengths[:, None])[:, None, None, :])
+        parts.append((column < lengths.astype(jnp.int32)[:, None])[:, None, None, :])
     if mask is not None:
         parts.append(mask)
     if not parts:
@@ -52,11 +55,12 @@ def clip_rows(value: Float[Array, "*b h"], bound: float) -> Float32[Array, "*b h
     no noise hides.
     """
     value = value.astype(jnp.float32)
-    square = jnp.sum(value * value, axis=-1, keepdims=True)
-    finite = jnp.isfinite(square)
+    finite = jnp.isfinite(jnp.sum(value * value, axis=-1, keepdims=True))
     value = jnp.where(finite, value, 0.0)
+    # Summed again: the gradient of the first sum is 0·NaN in a row that is not finite.
+    square = jnp.sum(value * value, axis=-1, keepdims=True)
+    over = square > bound * bound
     # The inner `where` keeps 1/0 out of the branch that is not taken: its gradient is NaN.
-    over = finite & (square > bound * bound)
     return value * jnp.where(over, bound * jax.lax.rsqrt(jnp.where(over, square, 1.0)), 1.0)
 
 
@@ -198,3 +202,43 @@ def release_sequence(
     g = numerator_noise(key_words, batch, rows, heads, depth, spec.rounds)
     noisy = output + jnp.float32(spec.numerator_std) * g
     return round_to_grid(noisy, spec.spacing(spec.numerator_std))
+
+
+def sum_over_keys(
+    weights: Float32[Array, "b k g t s"], value: Float[Array, "b s k h"]
+) -> tuple[Float32[Array, "b k g t h"], Float32[Array, "b k g t"]]:
+    """N = Σ w v and L = Σ w: blocks of 128 keys, then a binary tree over the blocks.
+
+    The shape is fixed, so that one record more or less changes the rounding of one block
+    and of the nodes above it and nothing else. The sensitivity's rounding term counts on
+    that (docs/privacy.md, section 1, "Rounding").
+
+    The sum of weights keeps their float32 values, N takes them in the values' dtype: the
+    two sums may be rounded differently, each of them is bounded by itself.
+    """
+    num_keys = value.shape[1]
+    blocks = -(-num_keys // BLOCK)
+    padding = blocks * BLOCK - num_keys
+    w = jnp.pad(weights, [(0, 0)] * 4 + [(0, padding)])
+    w = w.reshape(*w.shape[:-1], blocks, BLOCK)
+    v = jnp.pad(value, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    v = v.reshape(v.shape[0], blocks, BLOCK, *v.shape[2:])
+    numerators = jnp.einsum(
+        "bkgtjs,bjskh->jbkgth",
+        w.astype(v.dtype),
+        v,
+        # Short formats are multiplied exactly anyway; float32 must not be shortened.
+        precision=jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    denominators = jnp.moveaxis(jnp.sum(w, axis=-1), -1, 0)
+    return _tree_sum(numerators), _tree_sum(denominators)
+
+
+def _tree_sum(x: jax.Array) -> jax.Array:
+    """Sum over the first axis, pairwise."""
+    while x.shape[0] > 1:
+        if x.shape[0] % 2:
+            x = jnp.concatenate([x, jnp.zeros_like(x[:1])])
+        x = x[0::2] + x[1::2]
+    return x[0]

@@ -37,8 +37,10 @@ def attention(
         assert noise is not None
         v = common.clip_rows(v, spec.value_clip)
         w = common.bounded_weights(logits, spec.logit_bound, allowed)
-        numerator = jnp.einsum("bnts,bsnh->btnh", w, v, precision=_HIGHEST)
-        denominator = jnp.sum(w, axis=-1).transpose(0, 2, 1)
+        # [b, n, 1, t, s]: every query head is its own key head here.
+        numerator, denominator = common.sum_over_keys(w[:, :, None], v)
+        numerator = numerator[:, :, 0].transpose(0, 2, 1, 3)
+        denominator = denominator[:, :, 0].transpose(0, 2, 1)
         out = common.release_record(spec, numerator, denominator, *noise, rows)
         return out.astype(query.dtype)
 

@@ -5,10 +5,8 @@ Up to 256 rows it is one einsum; above, chunks of 256 rows go through ``lax.map`
 noise, from the counters) instead of keeping them.
 
 Matrix products take the inputs in their own format and accumulate in float32. In
-record mode the sum over the keys has a fixed shape: blocks of 128 keys, then a binary
-tree over the blocks. One record more or less then changes the rounding of one block
-and of the nodes above it, nothing else, which is what the rounding term of the
-sensitivity counts on (docs/privacy.md, "Rounding").
+record mode the sum over the keys has the fixed shape of
+:func:`pallas_kernels.attention.common.sum_over_keys`.
 """
 
 import jax
@@ -18,7 +16,6 @@ from pallas_kernels.attention import common
 from pallas_kernels.attention.spec import AttentionSpec
 
 ROWS = 256
-KEYS = 128
 
 
 def attention(
@@ -72,7 +69,10 @@ def _chunk(
     num_keys, kv_heads = key.shape[1:3]
     groups = heads // kv_heads
     q = query.reshape(batch, num_rows, kv_heads, groups, depth)
-    logits = jnp.einsum("btkgh,bskh->bkgts", q, key, preferred_element_type=jnp.float32)
+    precision = _precision(spec, query.dtype)
+    logits = jnp.einsum(
+        "btkgh,bskh->bkgts", q, key, precision=precision, preferred_element_type=jnp.float32
+    )
     logits = logits * jnp.float32(spec.scale)
     allowed = common.allowed_columns(spec, rows, num_keys, lengths, mask)
     if allowed is not None:
@@ -83,7 +83,7 @@ def _chunk(
     if spec.mode == "record":
         assert noise is not None
         weights = common.bounded_weights(logits, spec.logit_bound, allowed)
-        numerator, denominator = _sums(weights, value)
+        numerator, denominator = common.sum_over_keys(weights, value)
         numerator = numerator.transpose(0, 3, 1, 2, 4).reshape(batch, num_rows, heads, depth)
         denominator = denominator.transpose(0, 3, 1, 2).reshape(batch, num_rows, heads)
         out = common.release_record(spec, numerator, denominator, *noise, rows)
@@ -98,7 +98,9 @@ def _chunk(
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = (weights / jnp.where(total == 0.0, 1.0, total)).astype(value.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, value, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bkgts,bskh->btkgh", weights, value, precision=precision, preferred_element_type=jnp.float32
+    )
     out = out.reshape(batch, num_rows, heads, depth)
     if spec.mode == "sequence":
         assert noise is not None
@@ -106,28 +108,10 @@ def _chunk(
     return out.astype(query.dtype)
 
 
-def _sums(weights: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """N = Σ w v and L = Σ w over the keys, in the fixed shape of the module's docstring."""
-    num_keys = value.shape[1]
-    blocks = -(-num_keys // KEYS)
-    padding = blocks * KEYS - num_keys
-    w = jnp.pad(weights, [(0, 0)] * 4 + [(0, padding)])
-    w = w.reshape(*w.shape[:-1], blocks, KEYS)
-    v = jnp.pad(value, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    v = v.reshape(v.shape[0], blocks, KEYS, *v.shape[2:])
-    # The sum of weights keeps their float32 values: the two sums may be rounded
-    # differently, each of them is bounded by itself.
-    numerators = jnp.einsum(
-        "bkgtjs,bjskh->jbkgth", w.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    denominators = jnp.moveaxis(jnp.sum(w, axis=-1), -1, 0)
-    return _tree_sum(numerators), _tree_sum(denominators)
+def _precision(spec: AttentionSpec, dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """Float32 values are multiplied as they are where noise was fitted to their norm.
 
-
-def _tree_sum(x: jax.Array) -> jax.Array:
-    """Sum over the first axis, pairwise."""
-    while x.shape[0] > 1:
-        if x.shape[0] % 2:
-            x = jnp.concatenate([x, jnp.zeros_like(x[:1])])
-        x = x[0::2] + x[1::2]
-    return x[0]
+    Accelerators round float32 operands by default (to TF32, to bfloat16), which may
+    lengthen a clipped row by more than the sensitivity counts.
+    """
+    return jax.lax.Precision.HIGHEST if spec.is_noisy and dtype == jnp.float32 else None

@@ -50,6 +50,20 @@ def _double_round(state: State) -> State:
     return tuple(x)
 
 
+def _varying_alike(state: State) -> State:
+    """``state`` with all words varying along the mesh axes along which one of them does.
+
+    Inside ``shard_map`` a loop's carry must keep its type, and every word of the state
+    soon depends on every other.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in state]
+    axes = frozenset().union(*varying)
+    return tuple(
+        jax.lax.pcast(x, tuple(sorted(axes - own)), to="varying") if axes - own else x
+        for x, own in zip(state, varying, strict=True)
+    )
+
+
 def chacha_block(
     key_words: UInt32[Array, "*batch 8"],
     counters: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
@@ -85,7 +99,7 @@ def chacha_block(
     head = [jnp.full(shape, c, jnp.uint32) for c in _CONSTANTS]
     body = [jnp.broadcast_to(key_words[..., i], shape) for i in range(8)]
     tail = [jnp.broadcast_to(c.astype(jnp.uint32), shape) for c in counters]
-    initial: State = (*head, *body, *tail)
+    initial = _varying_alike((*head, *body, *tail))
     # A rolled loop: unrolled, the twenty rounds are about a thousand operations, which
     # XLA's CPU compiler takes seconds to fuse.
     mixed = jax.lax.fori_loop(0, rounds // 2, lambda _, x: _double_round(x), initial)

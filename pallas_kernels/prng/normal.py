@@ -1,9 +1,11 @@
 """Standard normals from ChaCha words, float32.
 
-Box and Muller's transform turns two words into two Gaussians. The radius uses all 32
-bits of its word: small words convert to float32 exactly, so the tail reaches
-√(−2 ln 2⁻³³) = 6.76 standard deviations, and the atoms out there are spaced finer than
-the grid that released values are rounded to.
+Box and Muller's transform turns uniform words into pairs of Gaussians. A pair lies on a
+circle whose radius the words decide, so radii must be many: with 32 bits the circles
+beyond 5.8 standard deviations are further apart than the grid that released values are
+rounded to, and the circle tells the sum under the noise. So the radius has 40 bits (the
+angle's 24 and 8 more share a word) in attention tiles, and 64 bits in gradient streams,
+where many more pairs are released at a time (docs/privacy.md, section 5).
 
 Two layouts. :func:`normal_stream` fills a flat vector, for gradients.
 :func:`normal_tile` numbers attention rows: the block of row ``t`` and column ``c`` has
@@ -19,46 +21,55 @@ from jaxtyping import Array, Float32, UInt32
 
 from pallas_kernels.prng.chacha import chacha_block, stream_words
 
-_TWO_PI_OVER_2_32 = 2.0 * 3.14159265358979323846 / 2.0**32
+_TWO_PI_OVER_2_24 = 2.0 * 3.14159265358979323846 / 2.0**24
 
 
 def box_muller(
-    radius_word: UInt32[Array, "*s"], angle_word: UInt32[Array, "*s"]
+    radius_word: UInt32[Array, "*s"],
+    angle_word: UInt32[Array, "*s"],
+    extra_word: UInt32[Array, "*s"] | None = None,
 ) -> tuple[Float32[Array, "*s"], Float32[Array, "*s"]]:
-    """Two independent standard normals from two independent uniform words.
+    """Two independent standard normals from independent uniform words.
+
+    The angle is the high 24 bits of its word. The radius is √(−2 ln((w + f)/2³²)) with w
+    its word and f in (0, 1) a fraction: ``extra_word``, or else the angle word's low 8
+    bits. Small w are exact in float32, so f counts where the circles are far apart; for
+    large w it is lost in the rounding, and not needed.
 
     Source: G. E. P. Box and M. E. Muller, Ann. Math. Statist. 29 (1958), 610-611.
 
     Example:
         >>> a, b = box_muller(jnp.uint32(0), jnp.uint32(0))
         >>> f"{a:.2f} {b:.2f}"
-        '6.76 0.00'
+        '7.54 0.00'
     """
-    # +½ keeps the logarithm finite at word 0; near 2³² it is lost in the rounding.
-    uniform = (radius_word.astype(jnp.float32) + 0.5) * jnp.float32(2.0**-32)
+    if extra_word is None:
+        low = (angle_word & jnp.uint32(0xFF)).astype(jnp.float32)
+        fraction = (low + 0.5) * jnp.float32(2.0**-8)
+    else:
+        fraction = (extra_word.astype(jnp.float32) + 0.5) * jnp.float32(2.0**-32)
+    uniform = (radius_word.astype(jnp.float32) + fraction) * jnp.float32(2.0**-32)
     radius = jnp.sqrt(-2.0 * jnp.log(uniform))
-    angle = angle_word.astype(jnp.float32) * jnp.float32(_TWO_PI_OVER_2_32)
+    angle = (angle_word >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(_TWO_PI_OVER_2_24)
     return radius * jnp.cos(angle), radius * jnp.sin(angle)
-
-
-def _pairs(words: UInt32[Array, "*s 16"]) -> Float32[Array, "*s 16"]:
-    """Words 2p and 2p+1 become Gaussians 2p and 2p+1."""
-    first, second = box_muller(words[..., 0::2], words[..., 1::2])
-    return jnp.stack([first, second], axis=-1).reshape(words.shape)
 
 
 def normal_stream(
     key_words: UInt32[Array, "8"], size: int, nonce: tuple[int, int, int] = (0, 0, 0)
 ) -> Float32[Array, "size"]:
-    """``size`` standard normals in a row; element i comes from block ⌊i/16⌋.
+    """``size`` standard normals in a row; element i comes from block ⌊i/10⌋.
+
+    Words 3p, 3p + 1 and 3p + 2 of a block (radius, angle, extra radius bits) make its
+    Gaussians 2p and 2p + 1; word 15 is not used.
 
     Args:
         key_words: uint32[8], a key derived for this purpose alone.
-        size: how many, at most 2³⁶.
+        size: how many, at most 10·2³².
         nonce: three numbers below 2³² that name the stream.
     """
-    words = stream_words(key_words, -(-size // 16), nonce)
-    return _pairs(words).reshape(-1)[:size]
+    words = stream_words(key_words, -(-size // 10), nonce)[:, :15].reshape(-1, 5, 3)
+    pair = box_muller(words[..., 0], words[..., 1], words[..., 2])
+    return jnp.stack(pair, axis=-1).reshape(-1)[:size]
 
 
 def normal_tile(

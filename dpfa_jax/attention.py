@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dpfa_jax import keys
 from dpfa_jax.mechanisms import record_sensitivity, sequence_sensitivity
-from pallas_kernels.attention import AttentionSpec, attention
+from pallas_kernels.attention import AttentionSpec, attention, check_arguments
 
 _UNITS = ("record", "sequence")
 _ADJACENCIES = {"record": ("add_remove", "replace_one"), "sequence": ("replace_one",)}
@@ -239,7 +239,8 @@ def _keep_first_rows(record_ids: Int[Array, "B S"], most: int) -> Bool[Array, "B
     def one(ids: jax.Array) -> jax.Array:
         order = jnp.argsort(ids, stable=True)
         ordered = ids[order]
-        rank = jnp.arange(ids.size) - jnp.searchsorted(ordered, ordered, side="left")
+        first = jnp.searchsorted(ordered, ordered, side="left").astype(jnp.int32)
+        rank = jnp.arange(ids.size, dtype=jnp.int32) - first
         return jnp.zeros(ids.size, jnp.bool_).at[order].set(rank < most)
 
     return jax.vmap(one)(record_ids)
@@ -328,7 +329,10 @@ def dp_dot_product_attention(
     elif isinstance(scale, jax.core.Tracer) or not math.isfinite(scale):
         raise ValueError(f"scale={scale!r}: a finite Python number is needed; it is public.")
     window = _window(local_window_size)
-    run = functools.partial(attention, lengths=key_value_seq_lengths, implementation=implementation)
+    lengths, mask, record_ids = (
+        None if x is None else jnp.asarray(x) for x in (key_value_seq_lengths, mask, record_ids)
+    )
+    run = functools.partial(attention, lengths=lengths, implementation=implementation)
 
     if privacy is None:
         if record_ids is not None:
@@ -349,13 +353,6 @@ def dp_dot_product_attention(
             f"{'None' if record_ids is None else 'an array'}: record_ids is needed above 1, "
             "to drop the rows that exceed it, and has no meaning at 1."
         )
-    if record_ids is not None:
-        if record_ids.shape != key.shape[:2]:
-            raise ValueError(f"record_ids has shape {record_ids.shape}: {key.shape[:2]} is needed.")
-        keep = _keep_first_rows(record_ids, privacy.rows_per_record)[:, None, None, :]
-        mask = keep if mask is None else mask & keep
-    operands = (query, key, value, key_value_seq_lengths, mask)
-    _check_varying(rng, tuple(x for x in operands if x is not None))
     spec = privacy.spec(
         scale=float(scale),
         head_dim=depth,
@@ -364,4 +361,13 @@ def dp_dot_product_attention(
         is_causal=is_causal,
         window=window,
     )
+    # All that can be refused is refused before the key counts as used.
+    check_arguments(query, key, value, spec, lengths, mask, implementation)
+    if record_ids is not None:
+        if record_ids.shape != key.shape[:2]:
+            raise ValueError(f"record_ids has shape {record_ids.shape}: {key.shape[:2]} is needed.")
+        keep = _keep_first_rows(record_ids, privacy.rows_per_record)[:, None, None, :]
+        mask = keep if mask is None else mask & keep
+    operands = (query, key, value, lengths, mask)
+    _check_varying(rng, tuple(x for x in operands if x is not None))
     return run(query, key, value, spec, key_words=keys.consume(rng), mask=mask)

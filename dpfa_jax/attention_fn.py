@@ -65,12 +65,11 @@ def noise_key(key: Key[Array, ""]) -> Iterator[None]:
             noise.
 
     Example:
-        >>> from dpfa_jax.keys import reproducible_key
         >>> privacy = AttentionPrivacy(unit="sequence", noise_multiplier=1.0, value_clip=1.0,
         ...                            adjacency="replace_one")
         >>> attend = attention_fn(privacy)
         >>> x = jnp.ones((4, 2, 8))
-        >>> with noise_key(reproducible_key(0)):
+        >>> with noise_key(keys.SecureKey.generate().key()):
         ...     first, second = attend(x, x, x), attend(x, x, x)
         >>> bool((first == second).any())
         False

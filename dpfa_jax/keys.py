@@ -154,6 +154,19 @@ def reproducible_key(seed: int) -> Key[Array, ""]:
     return SecureKey(digest).key()
 
 
+def take_key(rng: object) -> Key[Array, ""]:
+    """One checked noise key for an object that keeps it; a second taker raises.
+
+    Raises:
+        ValueError: if it is missing, unsuited, an array of keys, or was used before.
+    """
+    key = check_noise_key(rng)
+    if key.shape != ():
+        raise ValueError(f"rng has shape {key.shape}: one key is needed, shape ().")
+    consume(key)
+    return key
+
+
 def is_noise_key(key: object) -> bool:
     """Whether ``key`` is a typed key array of this module's implementation."""
     return isinstance(key, jax.Array) and key.dtype == _dtype()

@@ -79,6 +79,11 @@ class ClippedGrad:
     def _per_example(self, *args: Any) -> tuple[Any, Any]:
         def loss(*inner: Any) -> tuple[jax.Array, Any]:
             out = self.loss_fn(*inner)
+            if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
+                raise ValueError(
+                    f"has_aux=True: loss_fn must return (loss, aux); it returned a "
+                    f"{type(out).__name__}."
+                )
             value, aux = out if self.has_aux else (out, ())
             value = jnp.asarray(value)
             if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
@@ -102,6 +107,8 @@ class ClippedGrad:
                         f"argument {i} (argnums) has a {jnp.result_type(leaf)} leaf: gradients "
                         "need floating-point leaves."
                     )
+        if not jax.tree.leaves([args[i] for i in argnums]):
+            raise ValueError(f"argnums={argnums}: these arguments hold no arrays.")
         shapes = [jnp.shape(x) for i in self.batch_argnums for x in jax.tree.leaves(args[i])]
         if not shapes or any(not s for s in shapes) or len({s[0] for s in shapes}) != 1:
             raise ValueError(
@@ -132,7 +139,8 @@ class ClippedGrad:
             for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
                 x, y = np.asarray(a, np.float64), np.asarray(b[i], np.float64)
                 tolerance = 1e-3 if a.dtype == jnp.float32 else 5e-2
-                if not np.allclose(x, y, rtol=tolerance, atol=tolerance * (np.abs(x).max() + 1e-6)):
+                size = np.abs(x[np.isfinite(x)]).max(initial=1e-6)
+                if not np.allclose(x, y, tolerance, tolerance * size, equal_nan=True):
                     raise ValueError(
                         f"verify: the gradient of example {i} changes when other examples are "
                         "in its batch. Some operation of loss_fn mixes examples; no clipping "

@@ -1,5 +1,6 @@
 """Norms and clipping of gradient trees, float32 throughout."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ _MARGIN = 2.0**-20
 def per_example_norms(grads: PyTree[Array]) -> Float32[Array, "b"]:
     """The L2 norm of each example's gradient, over all leaves together."""
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(grads)]
-    squares = [jnp.sum(jnp.square(x).reshape(x.shape[0], -1), axis=1) for x in leaves]
+    squares = [jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))) for x in leaves]
     return jnp.sqrt(sum(squares[1:], squares[0]))
 
 
@@ -35,7 +36,7 @@ def clip_and_sum(
 
     def reduce(leaf: jax.Array) -> jax.Array:
         # 0 · NaN is NaN: what is not kept must be replaced, not multiplied away.
-        shape = (-1, *[1] * (leaf.ndim - 1))
+        shape = (keep.size, *[1] * (leaf.ndim - 1))
         clean = jnp.where(keep.reshape(shape), leaf.astype(jnp.float32), 0.0)
         return jnp.einsum("b,b...->...", factor, clean, precision=jax.lax.Precision.HIGHEST)
 
@@ -44,7 +45,7 @@ def clip_and_sum(
 
 def check_clip_norm(l2_clip_norm: Any) -> float:
     """The clip norm as a float, or ValueError unless it is from 1e-9 to 1e9."""
-    is_number = isinstance(l2_clip_norm, int | float) and not isinstance(l2_clip_norm, bool)
+    is_number = isinstance(l2_clip_norm, numbers.Real) and not isinstance(l2_clip_norm, bool)
     # Within these, squares of a norm neither vanish nor overflow in float32.
     if not (is_number and 1e-9 <= l2_clip_norm <= 1e9):
         raise ValueError(f"l2_clip_norm={l2_clip_norm!r}: allowed is a number from 1e-9 to 1e9.")

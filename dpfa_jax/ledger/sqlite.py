@@ -139,6 +139,15 @@ class Ledger:
             "SELECT epsilon, delta, adjacency, unit FROM budgets WHERE scope = ?", (scope,)
         ).fetchone()
 
+    @classmethod
+    def _need_budget(
+        cls, database: sqlite3.Connection, scope: str
+    ) -> tuple[float, float, str, str]:
+        budget = cls._budget(database, scope)
+        if budget is None:
+            raise LedgerError(f"scope={scope!r}: no budget was opened for it.")
+        return budget
+
     @staticmethod
     def _charges(database: sqlite3.Connection, scope: str) -> list[Charge]:
         rows = database.execute(
@@ -170,14 +179,11 @@ class Ledger:
         """
         text = json.dumps(event_to_json(event), sort_keys=True)
         with self._transaction() as database:
-            budget = self._budget(database, scope)
-            if budget is None:
-                raise LedgerError(f"scope={scope!r}: no budget was opened for it.")
-            epsilon, delta, adjacency, _ = budget
+            epsilon, delta, adjacency, _ = self._need_budget(database, scope)
             charges = self._charges(database, scope)
             for old in charges:
                 if old.label == label:
-                    if old.event != event:
+                    if json.dumps(event_to_json(old.event), sort_keys=True) != text:
                         raise LedgerError(f"label={label!r}: was charged with another event.")
                     if old.released:
                         raise AlreadyReleasedError(
@@ -213,6 +219,7 @@ class Ledger:
     def charges(self, scope: str) -> list[Charge]:
         """Everything charged to ``scope``, oldest first."""
         with self._transaction() as database:
+            self._need_budget(database, scope)
             return self._charges(database, scope)
 
     def spent(self, scope: str, *, fine: bool = True) -> float:
@@ -223,10 +230,8 @@ class Ledger:
             fine: False answers faster, and never less than True (for displays).
         """
         with self._transaction() as database:
-            budget = self._budget(database, scope)
+            budget = self._need_budget(database, scope)
             charges = self._charges(database, scope)
-        if budget is None:
-            raise LedgerError(f"scope={scope!r}: no budget was opened for it.")
         return _spent([c.event for c in charges], budget[1], budget[2], 0.0 if fine else math.inf)
 
 

@@ -9,6 +9,7 @@ DP-SGD (Unless You Apply Bias Correction), AAAI 2024, algorithm 1.
 """
 
 import math
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, Int32, PyTree
 
 
 class DPAdamState(NamedTuple):
-    """Step count and the two moments, in the dtype of the parameters."""
+    """Step count and the two moments, float32: in bfloat16 slow means stall."""
 
     step: Int32[Array, ""]
     mu: PyTree
@@ -48,7 +49,7 @@ def scale_by_dp_adam(
         >>> f"{updates[0]:.3f}"
         '1.000'
     """
-    if not (isinstance(noise_std, int | float) and 0 <= noise_std < math.inf):
+    if not (isinstance(noise_std, numbers.Real) and 0 <= noise_std < math.inf):
         raise ValueError(f"noise_std={noise_std!r}: allowed is a finite number >= 0.")
     for name, value in (("b1", b1), ("b2", b2)):
         if not 0 <= value < 1:
@@ -58,8 +59,10 @@ def scale_by_dp_adam(
         raise ValueError(f"floor={floor!r}: allowed is a finite number > 0.")
 
     def init(params: PyTree) -> DPAdamState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return DPAdamState(jnp.int32(0), zeros, jax.tree.map(jnp.zeros_like, params))
+        def zeros() -> PyTree:
+            return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
+        return DPAdamState(jnp.int32(0), zeros(), zeros())
 
     def update(
         updates: PyTree, state: DPAdamState, params: PyTree | None = None
@@ -67,16 +70,16 @@ def scale_by_dp_adam(
         del params
         count = state.step + jnp.int32(1)
         steps = count.astype(jnp.float32)
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
         first, second = 1 - b1**steps, 1 - b2**steps
 
-        def scale(m: jax.Array, v: jax.Array) -> jax.Array:
-            signal = v.astype(jnp.float32) / second - noise_std**2
-            root = jnp.sqrt(jnp.maximum(signal, least**2))
-            return (m.astype(jnp.float32) / first / root).astype(m.dtype)
+        def scale(m: jax.Array, v: jax.Array, g: jax.Array) -> jax.Array:
+            root = jnp.sqrt(jnp.maximum(v / second - noise_std**2, least**2))
+            return (m / first / root).astype(g.dtype)
 
-        return jax.tree.map(scale, mu, nu), DPAdamState(count, mu, nu)
+        return jax.tree.map(scale, mu, nu, updates), DPAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 

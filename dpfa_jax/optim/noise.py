@@ -8,6 +8,7 @@ divisor is a public constant, never the actual batch size.
 
 import hashlib
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -53,14 +54,16 @@ def noise_std(
         >>> noise_std(1.0, 2.0, 100.0)
         0.02
     """
-    if not (isinstance(noise_multiplier, int | float) and 0 <= noise_multiplier < math.inf):
-        raise ValueError(f"noise_multiplier={noise_multiplier!r}: allowed is a finite number >= 0.")
-    if not (isinstance(expected_batch_size, int | float) and 0 < expected_batch_size < math.inf):
+    z = noise_multiplier
+    # Within these, float32 holds the noise and the spacing of its grid.
+    if not (isinstance(z, numbers.Real) and (z == 0 or 1e-9 <= z <= 1e9)):
+        raise ValueError(f"noise_multiplier={z!r}: allowed is 0, or a number from 1e-9 to 1e9.")
+    if not (isinstance(expected_batch_size, numbers.Real) and 0 < expected_batch_size < math.inf):
         raise ValueError(
             f"expected_batch_size={expected_batch_size!r}: allowed is a finite number > 0."
         )
     sensitivity = gradient_sensitivity(check_clip_norm(l2_clip_norm), adjacency)
-    return noise_multiplier * sensitivity / expected_batch_size
+    return float(z) * sensitivity / float(expected_batch_size)
 
 
 def add_noise(
@@ -101,8 +104,7 @@ def add_noise(
     """
     std = noise_std(l2_clip_norm, noise_multiplier, expected_batch_size, adjacency)
     sum_std = std * expected_batch_size * _ROUNDING
-    key = keys.check_noise_key(rng)
-    keys.consume(key)
+    key = keys.take_key(rng)
 
     def init(params: PyTree) -> DPNoiseState:
         del params
@@ -210,8 +212,7 @@ def with_fresh_key(opt_state: PyTree, rng: Key[Array, ""] | keys.SecureKey) -> P
     Raises:
         ValueError: for an unsuited key, or if there is no noise state to give it to.
     """
-    key = keys.check_noise_key(rng)
-    keys.consume(key)
+    key = keys.take_key(rng)
     count = 0
 
     def renew(state: Any) -> Any:

@@ -5,6 +5,7 @@ not Poisson sampling, and neither is a batch of fixed size.
 """
 
 import math
+import numbers
 from typing import NamedTuple
 
 import dp_accounting
@@ -29,13 +30,31 @@ class PoissonBatch(NamedTuple):
     is_padding_example: Bool[np.ndarray, "b"]
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _check_population(population: int, sampling_probability: float) -> None:
+    if not _is_whole(population):
+        raise ValueError(f"population={population!r}: allowed is a whole number >= 1.")
+    q = sampling_probability
+    if not (isinstance(q, numbers.Real) and 0 < q <= 1):
+        raise ValueError(f"sampling_probability={q!r}: allowed is 0 < q <= 1.")
+
+
 def padded_batch_size(population: int, sampling_probability: float, multiple_of: int = 1) -> int:
     """A static batch size that a Poisson batch exceeds with probability below 10⁻⁶.
+
+    Raises:
+        ValueError: for a number that is not allowed.
 
     Example:
         >>> padded_batch_size(1000, 0.1, multiple_of=16)
         160
     """
+    _check_population(population, sampling_probability)
+    if not isinstance(multiple_of, numbers.Integral) or multiple_of < 1:
+        raise ValueError(f"multiple_of={multiple_of!r}: allowed is a whole number >= 1.")
     size = int(scipy.stats.binom.isf(1e-6, population, sampling_probability)) + 1
     size = min(max(size, 1), population)
     return -(-size // multiple_of) * multiple_of
@@ -81,16 +100,14 @@ class PoissonSampler:
         batch_size: int,
         rng: Key[Array, ""] | keys.SecureKey,
     ):
-        for name, value in (("population", population), ("batch_size", batch_size)):
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: allowed is a whole number >= 1.")
-        q = sampling_probability
-        if not (isinstance(q, int | float) and math.isfinite(q) and 0 < q <= 1):
-            raise ValueError(f"sampling_probability={q!r}: allowed is 0 < q <= 1.")
+        _check_population(population, sampling_probability)
+        if not _is_whole(batch_size):
+            raise ValueError(f"batch_size={batch_size!r}: allowed is a whole number >= 1.")
+        q = float(sampling_probability)
         self.population = int(population)
-        self.sampling_probability = float(q)
+        self.sampling_probability = q
         self.batch_size = int(batch_size)
-        self._key = keys.check_noise_key(rng)
+        self._key = keys.take_key(rng)
         self._threshold = math.floor(q * 2**32)
         self._like = jnp.zeros(self.population, jnp.bool_)
 

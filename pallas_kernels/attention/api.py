@@ -53,13 +53,9 @@ def attention(
     Raises:
         ValueError: for shapes, dtypes or names that do not fit.
     """
-    _check(query, key, value, spec, key_words, lengths, mask)
-    if implementation is not None and implementation not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={implementation!r}: allowed are None, "
-            + ", ".join(repr(name) for name in _IMPLEMENTATIONS)
-            + "."
-        )
+    check_arguments(query, key, value, spec, lengths, mask, implementation)
+    if spec.is_noisy and key_words is None:
+        raise ValueError(f"key_words=None: mode {spec.mode!r} adds noise and needs a key.")
     run = _IMPLEMENTATIONS[implementation or "xla"]
     noise = None
     if spec.is_noisy:
@@ -70,15 +66,22 @@ def attention(
     return run(query, key, value, spec, noise=noise, lengths=lengths, mask=mask)
 
 
-def _check(
+def check_arguments(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     spec: AttentionSpec,
-    key_words: jax.Array | None,
     lengths: jax.Array | None,
     mask: jax.Array | None,
+    implementation: str | None,
 ) -> None:
+    """Raises ValueError where :func:`attention` would, before a key is used up."""
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r}: allowed are None, "
+            + ", ".join(repr(name) for name in _IMPLEMENTATIONS)
+            + "."
+        )
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {x.shape}: four axes are needed, [B, T, N, H].")
@@ -117,11 +120,8 @@ def _check(
         fits = mask.ndim == 4 and all(m in (1, f) for m, f in zip(mask.shape, full, strict=True))
         if not fits:
             raise ValueError(f"mask has shape {mask.shape}: it must broadcast to {full}.")
-    if spec.is_noisy:
-        if key_words is None:
-            raise ValueError(f"key_words=None: mode {spec.mode!r} adds noise and needs a key.")
-        if query.dtype == jnp.float16 and spec.value_clip > 60000.0:
-            raise ValueError(
-                f"value_clip={spec.value_clip}: a float16 value holds at most 65504; "
-                "scale the values down or use another dtype."
-            )
+    if spec.is_noisy and query.dtype == jnp.float16 and spec.value_clip > 60000.0:
+        raise ValueError(
+            f"value_clip={spec.value_clip}: a float16 value holds at most 65504; "
+            "scale the values down or use another dtype."
+        )

@@ -9,6 +9,8 @@ only derives child keys (:func:`derive_key`), one for each purpose, and the coun
 a child are then free to number rows, heads and blocks.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
@@ -64,6 +66,7 @@ def _varying_alike(state: State) -> State:
     )
 
 
+@functools.partial(jax.jit, static_argnames="rounds")
 def chacha_block(
     key_words: UInt32[Array, "*batch 8"],
     counters: tuple[jax.Array, jax.Array, jax.Array, jax.Array],

@@ -1,0 +1,45 @@
+"""The README's code runs, and its numbers are those of a committed report."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_it_shows_code():
+    assert len(BLOCKS) == 2
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_code_block_runs(block, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    if "epsilon = " in block:
+        assert re.fullmatch(r"epsilon = \d\.\d\d\n", done.stdout)
+
+
+def test_the_training_loop_learns(tmp_path):
+    code = BLOCKS[0] + "\nprint(float(jnp.abs(params['w'] - jnp.arange(8.0)).mean()))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert float(done.stdout) < 0.5 * 3.5, done.stderr
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", README):
+        assert (Path(__file__).parents[1] / target).exists(), target
+
+
+def test_commands_exist():
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    for target in re.findall(r"`?make (\w+)`?", README):
+        if target != "any":
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target

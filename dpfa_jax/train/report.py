@@ -57,7 +57,8 @@ def guarantee(config: Config, result: dict[str, Any]) -> str:
         "the parameters and optimiser moments at every checkpoint. "
         f"Not covered: the {result['validation_users']} validation users, whose texts the "
         f"validation and unigram losses describe; the number of training {p.unit}s "
-        f"({config.data.population}), which is public"
+        f"({config.data.population}), which is public; the choice of this configuration, where it "
+        "was made by looking at the same data"
         + (
             "; and the comparison trained without privacy on the same data."
             if result["nonprivate_validation_loss"] is not None

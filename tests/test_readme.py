@@ -1,5 +1,6 @@
 """The README's code runs, and its numbers are those of a committed report."""
 
+import json
 import re
 import subprocess
 import sys
@@ -43,3 +44,27 @@ def test_commands_exist():
     for target in re.findall(r"`?make (\w+)`?", README):
         if target != "any":
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def _row(start):
+    (line,) = [line for line in README.splitlines() if line.startswith(start)]
+    return [cell.strip(" *") for cell in line.strip("|").split("|")]
+
+
+def test_figures_are_those_of_the_committed_results():
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "2026-11-22_cpu_demo.json"
+    results = json.loads(path.read_text())
+    for unit, start in (("user_level", "| all messages"), ("message_level", "| one message")):
+        found = results[unit]
+        losses = ("validation_loss", "nonprivate_validation_loss", "unigram_loss")
+        expected = [f"{found['epsilon']:.2f}", f"{found['delta']:.1e}".replace("e-0", "e-")]
+        expected += [f"{found[name]:.3f}" for name in losses]
+        assert _row(start)[1:] == expected
+        assert found["epsilon"] <= found["target_epsilon"] == 8.0
+        assert found["key_source"] == "operating system (256 bit)"
+    user = results["user_level"]
+    assert user["unigram_loss"] - user["validation_loss"] >= 0.3
+    retrieval = results["retrieval"]
+    accuracy = [row["accuracy"] for row in retrieval["rows"]]
+    accuracy += [retrieval["majority_accuracy"], retrieval["reference_accuracy"]]
+    assert _row("| accuracy")[1:] == [f"{x:.3f}" for x in accuracy]

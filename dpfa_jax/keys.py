@@ -203,6 +203,7 @@ _used_values: collections.OrderedDict[bytes, None] = collections.OrderedDict()
 _used_tracers: dict[int, weakref.ref] = {}
 _lock = threading.Lock()
 _reuse_allowed = threading.local()
+_threefry_allowed = threading.local()
 
 
 @contextlib.contextmanager
@@ -217,6 +218,36 @@ def allow_reuse_for_tests() -> Iterator[None]:
         yield
     finally:
         _reuse_allowed.value = before
+
+
+@contextlib.contextmanager
+def allow_threefry_for_tests() -> Iterator[None]:
+    """Lets ``AttentionPrivacy(rounds="threefry")`` make noise, to compare it with others'.
+
+    Never in production: 64 of the key's 256 bits decide this noise, and no guarantee is
+    stated for it. What counts is where a function is traced: a program compiled inside
+    also runs outside.
+    """
+    before = getattr(_threefry_allowed, "value", False)
+    _threefry_allowed.value = True
+    try:
+        yield
+    finally:
+        _threefry_allowed.value = before
+
+
+def check_threefry_allowed(argument: str) -> None:
+    """Raises outside :func:`allow_threefry_for_tests`.
+
+    Raises:
+        ValueError: names the argument that asked for Threefry.
+    """
+    if not getattr(_threefry_allowed, "value", False):
+        raise ValueError(
+            f"{argument}: Threefry's 64-bit key hides nothing; it is for reproducible tests, "
+            "inside `with dpfa_jax.keys.allow_threefry_for_tests():`. Allowed elsewhere are "
+            "8, 12 and 20 rounds of ChaCha."
+        )
 
 
 def refuse_frozen_key(key: Key[Array, "*b"], argument: str) -> None:

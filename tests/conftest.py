@@ -21,10 +21,17 @@ def _strict_dtypes():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselects (and counts) GPU tests where there is no GPU; they run on a device run."""
-    if any(d.platform == "gpu" for d in jax.devices()):
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if item not in gpu]
+    """Deselects (and counts) tests for what is not here.
+
+    GPU tests where there is no GPU: they run on a device run. Tests that compile for other
+    machines unless ``-m`` asks for them: they need compilers that the suite does without.
+    """
+    absent = set()
+    if "aot" not in config.getoption("markexpr"):
+        absent.add("aot")
+    if not any(d.platform == "gpu" for d in jax.devices()):
+        absent.add("gpu")
+    out = [item for item in items if any(item.get_closest_marker(mark) for mark in absent)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]

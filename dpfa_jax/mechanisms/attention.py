@@ -4,13 +4,19 @@ Norms are of one output row of one head. ``C`` is the value clip, ``d`` the head
 dimension, ``n`` the (public, padded) number of keys, ``m`` the rows of one record.
 
 Rounding. A clipped value held in a short format may exceed C by that format's unit
-roundoff; it is counted twice. The sum over keys is a binary tree over blocks of 128
-keys. Between neighbours one block and its ancestors round differently, the rest is the
-same data and so the same float. With b = min(128, n), γ = b u / (1 − b u) and u = 2⁻²³
-(twice float32's unit roundoff, because matrix units truncate), the block contributes
-2·γ·b·C (N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2002, eq. 3.3) and
-the ancestors 4·u·n·C: together they hold less than 3n keys, and an addition outside a
-matrix product errs by half a u.
+roundoff; it is counted twice. How the sum over keys rounds depends on who sums, and a
+release is the same whoever does: the largest bound counts.
+
+* ``xla`` and ``reference`` add blocks of 128 keys by a binary tree. Between neighbours one
+  block and its ancestors round differently, the rest is the same data and so the same
+  float. With b = min(128, n), γ = b u / (1 − b u) and u = 2⁻²³ (twice float32's unit
+  roundoff, because matrix units truncate), the block contributes 2·γ·b·C (N. J. Higham,
+  Accuracy and Stability of Numerical Algorithms, 2002, eq. 3.3) and the ancestors
+  4·u·n·C: together they hold less than 3n keys, and an addition outside a matrix product
+  errs by half a u.
+* Fused kernels add a chunk of the keys one after the other, round its sum to a public unit
+  g, and add the chunks as integers, which is exact. One chunk differs. See
+  :func:`_chunk_error`.
 """
 
 import dataclasses
@@ -56,11 +62,35 @@ def _held_excess(value_clip: float, dtype: str, head_dim: int) -> float:
     return _HELD[dtype] + small + (head_dim / 2 + 4) * _U
 
 
-def _summation_error(num_keys: int) -> float:
+def _summation_error(num_keys: int, head_dim: int, dtype: str) -> float:
     """Largest difference that rounding makes to Σ w v̄ between neighbours, in units of C."""
     block = min(_BLOCK, num_keys)
     gamma = block * _U / (1 - block * _U)
-    return 2 * gamma * block + 4 * _U * num_keys
+    tree = 2 * gamma * block + 4 * _U * num_keys
+    return max(tree, _chunk_error(num_keys, head_dim, dtype))
+
+
+def _chunk_error(num_keys: int, head_dim: int, dtype: str) -> float:
+    """The same for the fused kernels: one chunk, and its rounding to the unit.
+
+    512 keys added one at a time: the t-th addition errs by at most half a u of a sum of
+    norm t·C, in both neighbours, u·Σt together. Or 1024 keys by Hopper's matrix units, 16
+    at a time: each product and the running sum are cut to a grid at least 2 bits below
+    the last of the largest of them and the result to 24 bits, so that the two neighbours'
+    errors differ by at most (16/4 + 2)·u of a sum of norm 16t·C. Rounding to the unit
+    moves a coordinate by at most g more than before, and the four parts of a sum of
+    weights likewise. g <= max(1.02·2⁻¹¹, n·2⁻²⁸)·C on Hopper, n·2⁻²⁸·C elsewhere.
+
+    Source: docs/privacy.md, section 1, "Rounding".
+    """
+    one_by_one = min(num_keys, 512)
+    error = _U * one_by_one * (one_by_one + 1) / 2
+    unit = num_keys * 2.0**-28
+    if dtype != "float32":  # Hopper's kernels take short formats only.
+        keys = 16 * math.ceil(min(num_keys, 1024) / 16)
+        error = max(error, (16 / 4 + 2) * _U * keys * (keys + 16) / 32)
+        unit = max(unit, 1.02 * 2.0**-11)
+    return error + max(math.sqrt(head_dim), 4.0) * unit
 
 
 def record_sensitivity(
@@ -88,7 +118,7 @@ def record_sensitivity(
         >>> round(s.denominator_weight, 3), round(s.joint, 3)
         (0.5, 1.118)
     """
-    error = _summation_error(num_keys)
+    error = _summation_error(num_keys, head_dim, dtype)
     c = value_clip * (1 + _held_excess(value_clip, dtype, head_dim) + error)
     weight = 1 + error
     if adjacency_factor(adjacency) == 1:

@@ -1,6 +1,6 @@
 """Attention with several implementations behind one function."""
 
-from pallas_kernels.attention.api import attention, check_arguments, implementations
+from pallas_kernels.attention.api import attention, check_arguments, explain, implementations
 from pallas_kernels.attention.spec import AttentionSpec
 
-__all__ = ["AttentionSpec", "attention", "check_arguments", "implementations"]
+__all__ = ["AttentionSpec", "attention", "check_arguments", "explain", "implementations"]

@@ -1,18 +1,22 @@
 """The one entry point: checks, the choice of an implementation, and the call."""
 
+import importlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from pallas_kernels.attention import common, reference, xla
+from pallas_kernels.attention import common, fused, reference, tuning, xla
 from pallas_kernels.attention.spec import AttentionSpec
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["mosaic_gpu", "triton", "mosaic_tpu", "xla", "reference"]
 
-_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+# Modules of kernels, best first, with the platform each one runs on. They are imported
+# when first used: their compilers take a second to load.
+_KERNELS: dict[str, str] = {"mosaic_gpu": "gpu", "triton": "gpu", "mosaic_tpu": "tpu"}
+_PLAIN: dict[str, Callable[..., jax.Array]] = {
     "xla": xla.attention,
     "reference": reference.attention,
 }
@@ -20,8 +24,59 @@ _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def implementations() -> tuple[str, ...]:
-    """The names that ``implementation=`` accepts, the default first."""
-    return tuple(_IMPLEMENTATIONS)
+    """The names that ``implementation=`` accepts, best first."""
+    return (*_KERNELS, *_PLAIN)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"pallas_kernels.attention.{name}")
+
+
+def _wrong_device(name: str) -> str | None:
+    """Why the kernels ``name`` cannot run on this process's default device."""
+    platform = jax.default_backend()
+    if platform != _KERNELS[name]:
+        return f"needs a {_KERNELS[name].upper()}, the default backend is {platform!r}"
+    device = jax.devices()[0]
+    if platform == "gpu":
+        capability = str(getattr(device, "compute_capability", "0.0"))
+        major = int(capability.split(".")[0])
+        if name == "mosaic_gpu" and major != 9:
+            return f"needs a Hopper GPU (compute capability 9.0), this is {capability}"
+        if name == "triton" and major < 8:
+            return f"needs compute capability 8.0 or more, this is {capability}"
+    return None
+
+
+def explain(
+    query: Any, key: Any, spec: AttentionSpec, *, has_mask: bool = False
+) -> list[tuple[str, str | None]]:
+    """Every implementation, best first, with the reason why it cannot do this call.
+
+    Args:
+        query: an array or a ``jax.ShapeDtypeStruct`` of shape [B, T, N, H].
+        key: likewise, [B, S, K, H].
+        spec: static options of the call.
+        has_mask: whether a ``mask`` array is given.
+
+    Returns:
+        Pairs of a name and a reason; None for a reason means that it can, and the first
+        such is what ``implementation=None`` takes.
+    """
+    reasons: list[tuple[str, str | None]] = []
+    for name in _KERNELS:
+        reason = _wrong_device(name)
+        reasons.append((name, reason or _unsupported(name, query, key, spec, has_mask)))
+    return [*reasons, *((name, None) for name in _PLAIN)]
+
+
+def _unsupported(name: str, query: Any, key: Any, spec: AttentionSpec, mask: bool) -> str | None:
+    if query.shape[3] > max(fused.HEAD_DIMS):
+        return f"head dimension {query.shape[3]} is above {max(fused.HEAD_DIMS)}"
+    if mask:
+        return "a mask array is given; kernels know causal, window and lengths only"
+    reason: str | None = _module(name).unsupported(spec, query, key, has_mask=mask)
+    return reason
 
 
 def attention(
@@ -34,6 +89,7 @@ def attention(
     lengths: Int[Array, "B"] | None = None,
     mask: Bool[Array, "#B #N #T S"] | None = None,
     implementation: Implementation | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Attention of ``query`` over ``key`` and ``value``; see :class:`AttentionSpec`.
 
@@ -45,7 +101,10 @@ def attention(
         key_words: uint32[8], the ChaCha key of this call (noisy modes).
         lengths: [B], how many keys of each batch element exist.
         mask: bool, broadcastable to [B, N, T, S]; False hides a column.
-        implementation: a name from :func:`implementations`; None picks one.
+        implementation: a name from :func:`implementations`; None takes the first that
+            can do the call on this machine (:func:`explain` tells which, and why).
+        interpret: run the kernels named by ``implementation`` in Pallas's interpreter,
+            on any device. Slow; for tests.
 
     Returns:
         [B, T, N, H] in the dtype of ``query``.
@@ -53,17 +112,40 @@ def attention(
     Raises:
         ValueError: for shapes, dtypes or names that do not fit.
     """
-    check_arguments(query, key, value, spec, lengths, mask, implementation)
+    check_arguments(query, key, value, spec, lengths, mask, implementation, interpret=interpret)
     if spec.is_noisy and key_words is None:
         raise ValueError(f"key_words=None: mode {spec.mode!r} adds noise and needs a key.")
-    run = _IMPLEMENTATIONS[implementation or "xla"]
-    noise = None
-    if spec.is_noisy:
-        assert key_words is not None
+    name = implementation or _best(query, key, spec, mask is not None)
+    counters = None
+    if key_words is not None and spec.is_noisy:
         operands = [x for x in (query, key, value, lengths, mask) if x is not None]
         counters = common.batch_counters(key_words, query.shape[0], operands)
-        noise = (key_words, counters)
-    return run(query, key, value, spec, noise=noise, lengths=lengths, mask=mask)
+    if name in _PLAIN:
+        noise = None
+        if counters is not None:
+            assert key_words is not None
+            noise = (key_words, counters)
+        return _PLAIN[name](query, key, value, spec, noise=noise, lengths=lengths, mask=mask)
+    packed = None
+    if counters is not None:
+        assert key_words is not None
+        packed = fused.pack_noise(key_words, counters)
+    padded = jax.ShapeDtypeStruct(
+        (*query.shape[:3], fused.padded_head_dim(query.shape[3])), query.dtype
+    )
+    blocks = (None, None)
+    if not interpret:
+        kind = jax.devices()[0].device_kind
+        blocks = tuning.tuned_blocks(name, padded, key, spec, device_kind=kind)
+    return fused.attention(
+        _module(name), query, key, value, spec, noise=packed, lengths=lengths,
+        blocks=blocks, interpret=interpret,
+    )  # fmt: skip
+
+
+def _best(query: jax.Array, key: jax.Array, spec: AttentionSpec, has_mask: bool) -> str:
+    reasons = explain(query, key, spec, has_mask=has_mask)
+    return next(name for name, reason in reasons if reason is None)
 
 
 def check_arguments(
@@ -74,13 +156,20 @@ def check_arguments(
     lengths: jax.Array | None,
     mask: jax.Array | None,
     implementation: str | None,
+    *,
+    interpret: bool = False,
 ) -> None:
     """Raises ValueError where :func:`attention` would, before a key is used up."""
-    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+    if implementation is not None and implementation not in implementations():
         raise ValueError(
             f"implementation={implementation!r}: allowed are None, "
-            + ", ".join(repr(name) for name in _IMPLEMENTATIONS)
+            + ", ".join(repr(name) for name in implementations())
             + "."
+        )
+    if interpret and implementation not in _KERNELS:
+        raise ValueError(
+            f"interpret=True with implementation={implementation!r}: name the kernels to "
+            f"interpret, one of {tuple(_KERNELS)}."
         )
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
@@ -125,3 +214,11 @@ def check_arguments(
             f"value_clip={spec.value_clip}: a float16 value holds at most 65504; "
             "scale the values down or use another dtype."
         )
+    if implementation in _KERNELS:
+        reason = None if interpret else _wrong_device(implementation)
+        reason = reason or _unsupported(implementation, query, key, spec, mask is not None)
+        if reason:
+            raise ValueError(
+                f"implementation={implementation!r} cannot do this call: {reason}. "
+                "None picks one that can."
+            )

@@ -1,5 +1,6 @@
 """What every implementation shares: who sees whom, clipping, lanes of noise, the grid."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +16,11 @@ NUMERATOR, DENOMINATOR = 16, 17
 
 # Keys that one matrix product sums (record mode).
 BLOCK = 128
+
+# Keys that a fused kernel sums in floating point before it goes on in fixed point. On
+# Hopper a change costs more, and the matrix units are known better.
+CHUNK = 512
+HOPPER_CHUNK = 1024
 
 
 def allowed_columns(
@@ -48,20 +54,39 @@ def allowed_columns(
     return allowed
 
 
-def clip_rows(value: Float[Array, "*b h"], bound: float) -> Float32[Array, "*b h"]:
-    """Rows scaled to norm at most ``bound``: v · min(1, bound/‖v‖), in float32.
+def row_scales(value: Float[Array, "*b h"], bound: float) -> Float32[Array, "*b"]:
+    """The factor min(1, bound/‖v‖) of each row; 0 for a row that is not finite.
 
-    A row that is not finite becomes zero: one NaN would replace the whole release, which
-    no noise hides.
+    One NaN would replace the whole release, which no noise hides.
     """
+    square = jnp.sum(jnp.square(value.astype(jnp.float32)), axis=-1)
+    return jnp.where(jnp.isfinite(square), _scale(square, bound), 0.0)
+
+
+def clip_rows(value: Float[Array, "*b h"], bound: float) -> Float32[Array, "*b h"]:
+    """Rows times :func:`row_scales`, in float32; rows that are not finite are zero."""
     value = value.astype(jnp.float32)
-    finite = jnp.isfinite(jnp.sum(value * value, axis=-1, keepdims=True))
-    value = jnp.where(finite, value, 0.0)
+    square = jnp.sum(jax.lax.stop_gradient(value * value), axis=-1, keepdims=True)
+    value = jnp.where(jnp.isfinite(square), value, 0.0)
     # Summed again: the gradient of the first sum is 0·NaN in a row that is not finite.
-    square = jnp.sum(value * value, axis=-1, keepdims=True)
+    return value * _scale(jnp.sum(value * value, axis=-1, keepdims=True), bound)
+
+
+def _scale(square: jax.Array, bound: float) -> jax.Array:
     over = square > bound * bound
     # The inner `where` keeps 1/0 out of the branch that is not taken: its gradient is NaN.
-    return value * jnp.where(over, bound * jax.lax.rsqrt(jnp.where(over, square, 1.0)), 1.0)
+    return jnp.where(over, bound * jax.lax.rsqrt(jnp.where(over, square, 1.0)), 1.0)
+
+
+def fixed_point_unit(bound: float, num_keys: int) -> float:
+    """The power of two g whose multiples hold a sum of ``num_keys`` terms of size ``bound``.
+
+    Kernels that add chunks of the keys one after the other round each chunk's sum to a
+    multiple of g and add these as int32. Such sums are exact in any order, so that one
+    record more or less changes the rounding of its own chunk and nothing else
+    (docs/privacy.md, section 1, "Rounding").
+    """
+    return 2.0 ** (math.ceil(math.log2(bound * num_keys)) - 29)
 
 
 def bounded_weights(
@@ -146,7 +171,12 @@ def batch_counters(
 
 
 def numerator_noise(
-    key_words: jax.Array, batch: jax.Array, rows: jax.Array, heads: int, depth: int, rounds: int
+    key_words: jax.Array,
+    batch: jax.Array,
+    rows: jax.Array,
+    heads: int,
+    depth: int,
+    rounds: prng.Rounds,
 ) -> Float32[Array, "b t n h"]:
     """Standard normals for the numerator (or the output row)."""
     child = prng.derive_key(key_words, NUMERATOR)
@@ -154,7 +184,7 @@ def numerator_noise(
 
 
 def denominator_noise(
-    key_words: jax.Array, batch: jax.Array, rows: jax.Array, heads: int, rounds: int
+    key_words: jax.Array, batch: jax.Array, rows: jax.Array, heads: int, rounds: prng.Rounds
 ) -> Float32[Array, "b t n"]:
     """Standard normals for the sum of weights: column 0 of a tile of its own key."""
     child = prng.derive_key(key_words, DENOMINATOR)

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from pallas_kernels.prng import Rounds
+
 Mode = Literal["exact", "record", "sequence"]
 
 
@@ -21,6 +23,8 @@ class AttentionSpec:
         window: ``(left, right)``: row t sees t - left <= s <= t + right.
         value_clip: C, the largest norm of a value row of one head (noisy modes).
         logit_bound: U, the largest logit that still counts (record mode).
+        bound_logits: False leaves out the ``min`` with U: only for a caller who has made
+            sure of ``scale·‖q‖·‖k‖ <= U`` by bounding the norms of queries and keys.
         numerator_std: standard deviation of the noise on each coordinate of the
             numerator (record) or of the output row (sequence).
         denominator_std: standard deviation of the noise on the sum of weights (record).
@@ -28,7 +32,7 @@ class AttentionSpec:
         grid: noisy sums are rounded to multiples of a power of two near
             ``std · 2^-grid``; None leaves them in float32 (comparisons in tests only:
             the digits of an unrounded float reveal its summands).
-        rounds: ChaCha rounds, 8, 12 or 20.
+        rounds: of ChaCha, 8, 12 or 20; ``"threefry"`` for reproducible tests only.
     """
 
     mode: Mode
@@ -37,11 +41,12 @@ class AttentionSpec:
     window: tuple[int, int] | None = None
     value_clip: float = math.inf
     logit_bound: float = math.inf
+    bound_logits: bool = True
     numerator_std: float = 0.0
     denominator_std: float = 0.0
     denominator_floor: float = 0.0
     grid: int | None = 10
-    rounds: int = 20
+    rounds: Rounds = 20
 
     @property
     def is_noisy(self) -> bool:

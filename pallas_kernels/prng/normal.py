@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt32
 
-from pallas_kernels.prng.chacha import chacha_block, stream_words
+from pallas_kernels.prng.chacha import Rounds, chacha_block, stream_words
 
 _TWO_PI_OVER_2_24 = 2.0 * 3.14159265358979323846 / 2.0**24
 
@@ -79,7 +79,7 @@ def normal_tile(
     heads: int,
     columns: int,
     *,
-    rounds: int = 20,
+    rounds: Rounds = 20,
 ) -> Float32[Array, "b t n c"]:
     """Standard normals for attention rows, in the layout of the module's docstring.
 
@@ -89,7 +89,7 @@ def normal_tile(
         rows: the row counter of each row (a chunk may start anywhere).
         heads: number of query heads; counters 0 to heads - 1.
         columns: columns of a row.
-        rounds: ChaCha rounds.
+        rounds: of ChaCha, 8, 12 or 20; ``"threefry"`` for reproducible tests only.
 
     Returns:
         float32 of shape [batch, rows, heads, columns].

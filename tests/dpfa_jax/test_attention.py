@@ -438,8 +438,13 @@ REFUSED = {
     "float pair": ({"local_window_size": (1.0, 2)}, "local_window_size=(1.0, 2): allowed is"),
     "float window": ({"local_window_size": 1.5}, "local_window_size=1.5: allowed is a whole"),
     "implementation": (
-        {"implementation": "triton"},
-        "implementation='triton': allowed are None, 'xla', 'reference'.",
+        {"implementation": "flash"},
+        "implementation='flash': allowed are None, 'mosaic_gpu', 'triton', 'mosaic_tpu', 'xla', "
+        "'reference'.",
+    ),
+    "kernels that are not for this device": (
+        {"implementation": "mosaic_tpu"},
+        "implementation='mosaic_tpu' cannot do this call: needs a TPU, the default backend is",
     ),
     "mask": (
         {"mask": jnp.ones((5, 7), jnp.bool_)},

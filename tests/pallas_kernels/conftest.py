@@ -1,4 +1,4 @@
-"""The oracles, as fixtures: modules that are written from the mathematics, in float64."""
+"""As fixtures: the oracles, written from the mathematics in float64, and absent devices."""
 
 import importlib.util
 from pathlib import Path
@@ -13,6 +13,12 @@ def _load(path):
     return module
 
 
+@pytest.fixture(scope="session", params=["xla", "reference"])
+def implementation(request):
+    """The implementations that run on any machine, one after the other."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def plain():
     return _load(Path(__file__).parent / "plain_chacha.py")
@@ -21,3 +27,21 @@ def plain():
 @pytest.fixture(scope="session")
 def oracle():
     return _load(Path(__file__).parent / "attention" / "oracle.py")
+
+
+@pytest.fixture(scope="session")
+def offline():
+    return _load(Path(__file__).parent / "attention" / "offline.py")
+
+
+@pytest.fixture
+def ptxas(offline, monkeypatch, capfd):
+    """Compiles a Hopper kernel for an H100 and returns what ptxas reports of it."""
+
+    def compile_and_read(fn, *operands):
+        monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+        capfd.readouterr()
+        offline.compile_for("h100", fn, *operands)
+        return offline.read_report("".join(capfd.readouterr()))
+
+    return compile_and_read

@@ -1,4 +1,4 @@
-"""ChaCha and Box-Muller once more, from the RFC and in float64: the oracle of the noise.
+"""ChaCha, Threefry and Box-Muller once more, in float64: the oracle of the noise.
 
 Written for plain Python integers; NumPy uint64 arrays go through the same lines.
 """
@@ -28,6 +28,11 @@ def _quarter_round(a, b, c, d):
 
 def words(key, counters, rounds=20):
     """The sixteen words of one block: ``key`` eight numbers, ``counters`` four."""
+    if rounds == "threefry":
+        first, row, head, batch = counters
+        child_key = threefry(key[:2], (batch, head))
+        pairs = [threefry(child_key, (row, (8 * first + i) & LOW)) for i in range(8)]
+        return [word for pair in pairs for word in pair]
     start = [*struct.unpack("<4I", b"expand 32-byte k"), *key, *counters]
     x = list(start)
     for turn in range(rounds):
@@ -37,6 +42,21 @@ def words(key, counters, rounds=20):
             at = [i, 4 + (i + slant) % 4, 8 + (i + 2 * slant) % 4, 12 + (i + 3 * slant) % 4]
             x[at[0]], x[at[1]], x[at[2]], x[at[3]] = _quarter_round(*(x[j] for j in at))
     return [(a + b) & LOW for a, b in zip(x, start, strict=True)]
+
+
+def threefry(key, counter):
+    """Threefry-2x32-20, from the paper: round d turns by R[d mod 8], a key after each 4th."""
+    turns = (13, 15, 26, 6, 17, 29, 16, 24)
+    extended = (key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA)
+    x, y = (counter[0] + key[0]) & LOW, (counter[1] + key[1]) & LOW
+    for d in range(20):
+        x = (x + y) & LOW
+        y = _rotate(y, turns[d % 8]) ^ x
+        if d % 4 == 3:
+            s = d // 4 + 1
+            x = (x + extended[s % 3]) & LOW
+            y = (y + extended[(s + 1) % 3] + s) & LOW
+    return x, y
 
 
 def block(key, counter, nonce, rounds=20):

@@ -2,12 +2,13 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.attention import AttentionSpec, attention, implementations
+from pallas_kernels.attention import AttentionSpec, api, attention, explain, implementations
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 EXACT = AttentionSpec(mode="exact", scale=1.0)
@@ -75,7 +76,7 @@ def test_bad_arguments_are_named(case):
 
 def test_the_same_arguments_without_the_fault_are_accepted():
     mask, lengths = _q(1, 4, 1, 5, dtype=jnp.bool_), _q(2, dtype=jnp.int32)
-    for name in (None, *implementations()):
+    for name in (None, "xla", "reference"):
         out = jax.eval_shape(
             lambda q, k, v, n, m, name=name: attention(
                 q, k, v, EXACT, lengths=n, mask=m, implementation=name
@@ -98,7 +99,98 @@ def test_lengths_of_any_integer_dtype(dtype):
 
 def test_unknown_implementation():
     call = functools.partial(attention, spec=EXACT, implementation="flash")
-    message = "implementation='flash': allowed are None, 'xla', 'reference'."
+    message = (
+        "implementation='flash': allowed are None, "
+        "'mosaic_gpu', 'triton', 'mosaic_tpu', 'xla', 'reference'."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax.eval_shape(call, *GOOD.values())
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch):
+    """The same answers on a machine that has one."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+
+
+@pytest.fixture
+def every_device(monkeypatch):
+    """As if this process had whatever the kernels need."""
+    monkeypatch.setattr(api, "_wrong_device", lambda name: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("mosaic_gpu", "GPU"), ("triton", "GPU"), ("mosaic_tpu", "TPU")]
+)
+def test_forced_kernels_say_why_they_cannot_run_here(name, kind, no_accelerator):
+    message = (
+        f"implementation={name!r} cannot do this call: needs a {kind}, "
+        "the default backend is 'cpu'. None picks one that can."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax.eval_shape(
+            functools.partial(attention, spec=EXACT, implementation=name), *GOOD.values()
+        )
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "usable"),
+    [
+        ("cpu", None, []),
+        ("gpu", "7.5", []),
+        ("gpu", "8.0", ["triton"]),
+        ("gpu", "8.9", ["triton"]),
+        ("gpu", "9.0", ["mosaic_gpu", "triton"]),
+        ("gpu", "10.0", ["triton"]),
+        ("tpu", None, ["mosaic_tpu"]),
+    ],
+)
+def test_explain_lists_all_with_reasons(monkeypatch, platform, capability, usable):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+    x = _q(2, 64, 4, 64, dtype=BF16)
+    reasons = explain(x, x, EXACT)
+    assert tuple(name for name, _ in reasons) == implementations()
+    assert [name for name, reason in reasons if reason is None] == [*usable, "xla", "reference"]
+    for name, reason in reasons:
+        if reason is not None and platform == "gpu" and name != "mosaic_tpu":
+            assert reason.endswith(f"this is {capability}")
+        elif reason is not None:
+            assert reason.endswith(f"the default backend is {platform!r}")
+
+
+@pytest.mark.parametrize("name", ["mosaic_gpu", "triton", "mosaic_tpu"])
+def test_kernels_refuse_masks_and_large_heads(name, every_device):
+    x, wide = _q(1, 64, 2, 64, dtype=BF16), _q(1, 64, 2, 257, dtype=BF16)
+    assert dict(explain(x, x, EXACT))[name] is None
+    assert "mask array" in dict(explain(x, x, EXACT, has_mask=True))[name]
+    assert "257 is above 256" in dict(explain(wide, wide, EXACT))[name]
+    # What no kernel can do is done by XLA.
+    assert api._best(x, x, EXACT, True) == api._best(wide, wide, EXACT, False) == "xla"
+    mask = _q(1, 1, 1, 64, dtype=jnp.bool_)
+
+    def call(x, mask):
+        return attention(x, x, x, EXACT, mask=mask, implementation=name)
+
+    with pytest.raises(ValueError, match=f"implementation='{name}' cannot do this call: a mask"):
+        jax.eval_shape(call, x, mask)
+
+
+def test_hopper_kernels_leave_float32_to_others(every_device):
+    x = _q(1, 64, 2, 64)
+    reasons = dict(explain(x, x, EXACT))
+    assert reasons["mosaic_gpu"].startswith("float32 operands")
+    assert reasons["triton"] is None
+
+
+@pytest.mark.parametrize("name", [None, "xla", "reference"])
+def test_only_kernels_are_interpreted(name):
+    message = (
+        f"interpret=True with implementation={name!r}: name the kernels to interpret, "
+        "one of ('mosaic_gpu', 'triton', 'mosaic_tpu')."
+    )
+    call = functools.partial(attention, spec=EXACT, implementation=name, interpret=True)
     with pytest.raises(ValueError, match=re.escape(message)):
         jax.eval_shape(call, *GOOD.values())
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import AttentionSpec, attention, common, implementations
+from pallas_kernels.attention import AttentionSpec, attention, common
 
 WORDS = jnp.arange(31, 39, dtype=jnp.uint32)
 RECORD = AttentionSpec(
@@ -42,7 +42,6 @@ def _distinct(noise):
     return all(not np.any(x[i] == x[j]) for i in range(len(x)) for j in range(i))
 
 
-@pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("mode", SPECS)
 def test_a_vmapped_call_equals_a_batched_one_with_its_gradients(mode, implementation):
     """Three lanes of two elements are a batch of six, with one key."""

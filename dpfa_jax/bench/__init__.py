@@ -1,0 +1,1 @@
+"""Measurements behind ``dpfa bench``: speed of attention beside its peers, block sizes."""

@@ -1,0 +1,246 @@
+"""Fused kernels as differentiable functions: padding, clipping factors, ``vmap``.
+
+A back end is a module with ``unsupported``, ``forward`` and ``backward`` over [B, T, N, H]
+arrays; what they compute is written down at :class:`Backend`. Everything that is the
+same for all of them is here, once.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Float32, UInt32
+
+from pallas_kernels import prng
+from pallas_kernels.attention import common
+from pallas_kernels.attention.spec import AttentionSpec
+
+# Head dimensions that kernels are written for; others are padded with zeros.
+HEAD_DIMS = (64, 128, 256)
+
+# Statistic of a row that sees no key: exp(x − this) is zero for every logit.
+NOTHING_SEEN = 1e30
+
+
+def padded_head_dim(depth: int) -> int:
+    """The head dimension that kernels see."""
+    return next(d for d in HEAD_DIMS if d >= depth)
+
+
+class Backend(Protocol):
+    """What a module of kernels provides.
+
+    ``value_scale`` [B, K, S] holds the clipping factors of the value rows (None in exact
+    mode); a row with the factor 0 counts as zero even if it holds NaN. ``noise`` is
+    uint32[B, 19]: a key for the numerator, one for the denominator, the first row's
+    counter, the first head's counter and the batch counter. ``lengths`` is int32[B].
+    """
+
+    def unsupported(
+        self, spec: AttentionSpec, query: Any, key: Any, *, has_mask: bool
+    ) -> str | None:
+        """Why this call is not possible on any device; None if it is."""
+
+    def forward(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        value_scale: jax.Array | None,
+        noise: jax.Array | None,
+        lengths: jax.Array,
+        spec: AttentionSpec,
+        *,
+        blocks: Any = None,
+        interpret: bool = False,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """The release, a float32 [B, N, T] statistic, and the output before the noise.
+
+        The statistic is the denominator that was divided by (record mode) or the
+        log-sum-exp of the row's logits. The third is for sequence mode only.
+        """
+
+    def backward(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        value_scale: jax.Array | None,
+        lengths: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        d_out: jax.Array,
+        spec: AttentionSpec,
+        *,
+        blocks: Any = None,
+        interpret: bool = False,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Gradients for query, key and the *clipped* value.
+
+        With p = exp(min(x, U) − lse) and dp = d_out·v̄ the logits' gradient is
+        p (dp − delta), zero where the bound clamps.
+        """
+
+
+def pack_noise(
+    key_words: UInt32[Array, "8"],
+    counters: UInt32[Array, "b"],
+    *,
+    first_row: jax.Array | int = 0,
+    first_head: jax.Array | int = 0,
+) -> UInt32[Array, "b 19"]:
+    """Keys and counters of a call, one row for each batch element."""
+    purpose = jnp.array([common.NUMERATOR, common.DENOMINATOR], jnp.uint32)
+    zero = jnp.uint32(0)
+    # Both children in one block of operations: a loop would be ten launches on a GPU.
+    # (XLA's CPU compiler takes seconds for unrolled rounds.)
+    children = prng.random_block(
+        key_words, (zero, zero, zero, purpose), unroll=jax.default_backend() != "cpu"
+    )
+    keys = jnp.stack(children[:8], axis=-1).reshape(-1)
+    first = jnp.stack([jnp.asarray(x).astype(jnp.uint32) for x in (first_row, first_head)])
+    words = jnp.concatenate([keys, first])
+    every = jnp.broadcast_to(words, (counters.shape[0], words.shape[0]))
+    return jnp.concatenate([every, counters[:, None]], axis=1)
+
+
+def attention(
+    backend: Backend,
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    spec: AttentionSpec,
+    *,
+    noise: UInt32[Array, "b 19"] | None,
+    lengths: jax.Array | None,
+    blocks: tuple[Any, Any] = (None, None),
+    interpret: bool = False,
+) -> Float[Array, "b t n h"]:
+    """Attention by one back end, differentiable in query, key and value.
+
+    Args:
+        backend: the module of kernels.
+        query: [B, T, N, H].
+        key: [B, S, K, H].
+        value: like ``key``.
+        spec: static options.
+        noise: from :func:`pack_noise`; None in exact mode.
+        lengths: [B] or None.
+        blocks: block sizes forward and backward; None takes the back end's own.
+        interpret: run the kernels in Pallas's interpreter.
+
+    Returns:
+        [B, T, N, H].
+    """
+    batch, depth, num_keys = query.shape[0], query.shape[3], key.shape[1]
+    padded = padded_head_dim(depth)
+    if padded != depth:
+        pad = [(0, 0)] * 3 + [(0, padded - depth)]
+        query, key, value = (jnp.pad(x, pad) for x in (query, key, value))
+    if lengths is None:
+        # A constant: a broadcast would be a launch of its own on a GPU.
+        lengths = jnp.asarray(np.full((batch,), num_keys, np.int32))
+    else:
+        lengths = jnp.clip(lengths, 0, num_keys).astype(jnp.int32)
+    out = _differentiable(backend, spec, blocks, interpret, query, key, value, noise, lengths)
+    return out[..., :depth]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _differentiable(
+    backend: Any,
+    spec: AttentionSpec,
+    blocks: tuple[Any, Any],
+    interpret: bool,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    noise: jax.Array | None,
+    lengths: jax.Array,
+) -> jax.Array:
+    scale = _value_scale(value, spec)
+    run = _folded(backend, spec, blocks[0], interpret, False)
+    return run(query, key, value, scale, noise, lengths)[0]
+
+
+def _forward(
+    backend: Any,
+    spec: AttentionSpec,
+    blocks: tuple[Any, Any],
+    interpret: bool,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    noise: jax.Array | None,
+    lengths: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    scale = _value_scale(value, spec)
+    run = _folded(backend, spec, blocks[0], interpret, False)
+    out, stat, clean = run(query, key, value, scale, noise, lengths)
+    kept = out if clean is None else clean
+    return out, (query, key, value, lengths, kept, stat)
+
+
+def _backward(
+    backend: Any,
+    spec: AttentionSpec,
+    blocks: tuple[Any, Any],
+    interpret: bool,
+    residuals: tuple[jax.Array, ...],
+    d_out: jax.Array,
+) -> tuple[jax.Array | None, ...]:
+    query, key, value, lengths, out, stat = residuals
+    delta = jnp.einsum(
+        "btnh,btnh->bnt", d_out.astype(jnp.float32), out.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )  # fmt: skip
+    lse = stat
+    if spec.mode == "record":
+        # At the floor the denominator is a constant and passes no gradient.
+        delta = jnp.where(stat > jnp.float32(spec.denominator_floor), delta, 0.0)
+        lse = jnp.log(stat) + jnp.float32(spec.logit_bound)
+    scale = _value_scale(value, spec)
+    run = _folded(backend, spec, blocks[1], interpret, True)
+    dq, dk, dv = run(query, key, value, scale, lengths, lse, delta, d_out)
+    if spec.is_noisy:
+        _, pull = jax.vjp(lambda v: common.clip_rows(v, spec.value_clip), value)
+        (dv,) = pull(dv.astype(jnp.float32))
+    return dq, dk, dv, None, None
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _value_scale(value: jax.Array, spec: AttentionSpec) -> Float32[Array, "b k s"] | None:
+    if not spec.is_noisy:
+        return None
+    return common.row_scales(value, spec.value_clip).swapaxes(1, 2)
+
+
+@functools.cache
+def _folded(
+    backend: Any, spec: AttentionSpec, blocks: Any, interpret: bool, is_backward: bool
+) -> Callable[..., Any]:
+    """A kernel call for which ``vmap`` makes the batch longer instead of adding an axis."""
+    kernel = backend.backward if is_backward else backend.forward
+
+    @custom_vmap
+    def run(*operands: jax.Array | None) -> Any:
+        return kernel(*operands, spec, blocks=blocks, interpret=interpret)
+
+    @run.def_vmap
+    def _(axis_size: int, is_mapped: Any, *operands: jax.Array | None) -> Any:
+        def fold(x: jax.Array, mapped: bool) -> jax.Array:
+            if not mapped:
+                x = jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = run(*jax.tree.map(fold, operands, tuple(is_mapped)))
+        apart = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), results)
+        return apart, jax.tree.map(lambda _: True, apart)
+
+    return run  # type: ignore[no-any-return]

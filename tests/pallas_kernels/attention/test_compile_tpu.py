@@ -1,0 +1,124 @@
+"""The TPU kernels through libtpu's own compiler, for chips that are not there.
+
+It checks what the interpreter cannot: that every operation has an implementation, that
+blocks are aligned, and that the default block sizes fit into each chip's memory.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from pallas_kernels.attention import AttentionSpec, mosaic_tpu
+
+pytestmark = pytest.mark.aot
+
+CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+
+# (B, T, S, N, K, H), dtype, mode and other options.
+CASES = {
+    "record, D=64": ((2, 1024, 1024, 4, 4, 64), "bfloat16", {"mode": "record"}),
+    "record, D=128, causal": (
+        (1, 4096, 4096, 2, 2, 128),
+        "bfloat16",
+        {"mode": "record", "is_causal": True},
+    ),
+    "record, D=256, GQA, ragged": ((2, 1000, 1300, 4, 1, 256), "bfloat16", {"mode": "record"}),
+    "record, float32, window": (
+        (1, 700, 1300, 2, 1, 128),
+        "float32",
+        {"mode": "record", "window": (300, 40)},
+    ),
+    "record, few rows": ((1, 5, 60, 2, 1, 64), "float32", {"mode": "record", "rounds": 8}),
+    "sequence, float32, D=256": (
+        (1, 1024, 1024, 2, 1, 256),
+        "float32",
+        {"mode": "sequence", "is_causal": True},
+    ),
+    "sequence, D=128, Threefry": (
+        (1, 1024, 1024, 2, 1, 128),
+        "bfloat16",
+        {"mode": "sequence", "rounds": "threefry"},
+    ),
+    "exact, D=128, causal, GQA": (
+        (1, 1024, 1024, 4, 2, 128),
+        "bfloat16",
+        {"mode": "exact", "is_causal": True},
+    ),
+    "exact, float32, D=64": ((1, 1024, 1024, 2, 2, 64), "float32", {"mode": "exact"}),
+}
+
+
+def make_spec(depth, mode, **options):
+    noisy = {
+        "exact": {},
+        "record": {
+            "value_clip": 1.0,
+            "logit_bound": 3.0,
+            "numerator_std": 0.7,
+            "denominator_std": 0.7,
+            "denominator_floor": 1.0,
+        },
+        "sequence": {"value_clip": 1.0, "numerator_std": 0.7},
+    }
+    return AttentionSpec(mode=mode, scale=depth**-0.5, **noisy[mode], **options)
+
+
+@pytest.fixture(autouse=True)
+def _no_cache():
+    """A program for a chip that is not there can be put into JAX's cache, but not read."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+@functools.cache
+def device(chip):
+    # One process at a time may hold a chip, and libtpu guards that with a lock. There is
+    # no chip here.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return topologies.get_topology_desc(platform="tpu", topology_name=chip).devices[0]
+
+
+def compile_for(chip, case, direction, blocks=None):
+    """The compiled program of one pass."""
+    (batch, num_rows, num_keys, heads, kv_heads, depth), dtype, options = case
+    spec = make_spec(depth, **options)
+    sharding = jax.sharding.SingleDeviceSharding(device(chip))
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    rows = array((batch, num_rows, heads, depth), dtype)
+    keys = array((batch, num_keys, kv_heads, depth), dtype)
+    lengths = array((batch,), jnp.int32)
+    scale = array((batch, kv_heads, num_keys), jnp.float32) if spec.is_noisy else None
+    noise = array((batch, 19), jnp.uint32) if spec.is_noisy else None
+    statistic = array((batch, heads, num_rows), jnp.float32)
+    if direction == "forward":
+        kernel, operands = mosaic_tpu.forward, (rows, keys, keys, scale, noise, lengths)
+    else:
+        kernel = mosaic_tpu.backward
+        operands = (rows, keys, keys, scale, lengths, statistic, statistic, rows)
+    run = jax.jit(functools.partial(kernel, spec=spec, blocks=blocks))
+    return run.trace(*operands).lower(lowering_platforms=("tpu",)).compile()
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles(chip, name, direction):
+    compiled = compile_for(chip, CASES[name], direction)
+    kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    assert kernels == (1 if direction == "forward" else 2)
+
+
+def test_blocks_that_do_not_fit_are_refused():
+    """So the compiler does look at the chip's memory."""
+    case = ((1, 4096, 512, 1, 1, 256), "float32", {"mode": "exact"})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        compile_for("v5e:2x2", case, "backward", mosaic_tpu.Blocks(query=1024))

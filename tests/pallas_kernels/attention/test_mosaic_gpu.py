@@ -1,0 +1,219 @@
+"""The Hopper kernels on a Hopper GPU, against the definition with the same noise.
+
+Nothing but the definition itself is trusted here: the other back ends are compared with
+the float64 oracle, and the definition with it in test_implementations.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.attention import AttentionSpec, attention
+
+WORDS = jnp.arange(1, 9, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+MODES = ("record", "sequence", "exact")
+
+
+def make_spec(mode, depth, **options):
+    """Numbers that send a part of the data through every clamp and clip."""
+    noisy = {
+        "exact": {},
+        "record": {
+            "value_clip": 0.9 * depth**0.5,
+            "logit_bound": 1.5,
+            "numerator_std": 0.7,
+            "denominator_std": 0.6,
+            "denominator_floor": 5.0,
+        },
+        "sequence": {"value_clip": 0.9 * depth**0.5, "numerator_std": 0.7},
+    }
+    return AttentionSpec(mode=mode, scale=depth**-0.5, **{**noisy[mode], **options})
+
+
+def shapes_of(shape, dtype="bfloat16"):
+    """q, k, v and the cotangent of (B, T, S, N, K, H)."""
+    batch, num_rows, num_keys, heads, kv_heads, depth = shape
+    rows = jax.ShapeDtypeStruct((batch, num_rows, heads, depth), dtype)
+    keys = jax.ShapeDtypeStruct((batch, num_keys, kv_heads, depth), dtype)
+    return rows, keys, keys, rows
+
+
+def make_inputs(shape, dtype="bfloat16", seed=0):
+    random = np.random.default_rng(seed)
+    return [
+        jnp.asarray(random.normal(size=x.shape).astype(np.float32)).astype(dtype)
+        for x in shapes_of(shape, dtype)
+    ]
+
+
+def run(q, k, v, *, spec, implementation, lengths=None):
+    words = WORDS if spec.is_noisy else None
+    return attention(q, k, v, spec, key_words=words, lengths=lengths, implementation=implementation)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "implementation", "wrap"))
+def run_with_gradients(q, k, v, dout, lengths=None, *, spec, implementation, wrap=lambda f: f):
+    f = functools.partial(run, spec=spec, implementation=implementation, lengths=lengths)
+    out, pull = jax.vjp(wrap(f), q, k, v)
+    return (out, *pull(dout))
+
+
+def distance(got, expected):
+    """The largest error, relative to the largest magnitude."""
+    got, expected = (np.asarray(x.astype(jnp.float32), np.float64) for x in (got, expected))
+    assert got.shape == expected.shape
+    assert np.all(np.isfinite(expected))
+    return np.abs(got - expected).max() / np.abs(expected).max()
+
+
+def compare(inputs, spec, lengths=None, **options):
+    lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+    ours, definition = (
+        run_with_gradients(*inputs, lengths, spec=spec, implementation=name, **options)
+        for name in ("mosaic_gpu", "reference")
+    )
+    assert ours[0].dtype == inputs[0].dtype
+    limits = {"out": 1e-2, "dq": 1.5e-2, "dk": 1.5e-2, "dv": 1.5e-2}
+    for (name, limit), got, want in zip(limits.items(), ours, definition, strict=True):
+        assert distance(got, want) < limit, name
+
+
+# (B, T, S, N, K, H), options, lengths. The gradients of heads above 128 are Triton's.
+FEATURES = {
+    "two tiles of rows, ChaCha8": ((2, 256, 256, 2, 2, 128), {"rounds": 8}, None),
+    "causal, ragged, GQA, lengths": ((1, 1500, 1300, 4, 2, 128), {"is_causal": True}, (777,)),
+    "window, MQA, D=64": ((2, 300, 700, 4, 1, 64), {"window": (100, 30)}, None),
+    "causal window, nobody seen": (
+        (2, 400, 130, 2, 2, 64), {"is_causal": True, "window": (20, 5)}, (130, 0),
+    ),
+    "chunks of keys": ((1, 2048, 2048, 2, 1, 64), {}, None),
+    "chunks of keys, causal, ragged": ((1, 2100, 2500, 2, 2, 128), {"is_causal": True}, (2411,)),
+    "chunks of keys, window": ((1, 1000, 3000, 2, 2, 128), {"window": (1200, 1100)}, None),
+    "padded head, causal, ChaCha12": (
+        (1, 200, 300, 2, 1, 96), {"is_causal": True, "rounds": 12}, (150,),
+    ),
+    "one row, three keys": ((3, 1, 3, 2, 1, 128), {}, None),
+    "Threefry": ((1, 130, 190, 2, 2, 128), {"rounds": "threefry"}, None),
+    "D=256": ((1, 200, 300, 2, 2, 256), {}, None),
+    "D=256, causal, chunks": ((1, 1100, 1100, 2, 1, 256), {"is_causal": True}, (1090,)),
+    "padded to 256, window": ((2, 129, 400, 2, 1, 192), {"window": (50, 60)}, (400, 200)),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+class TestOnHopper:
+    @pytest.mark.parametrize("name", FEATURES)
+    @pytest.mark.parametrize("mode", MODES)
+    def test_features(self, mode, name):
+        shape, options, lengths = FEATURES[name]
+        compare(make_inputs(shape), make_spec(mode, shape[-1], **options), lengths)
+
+    @pytest.mark.parametrize("name", FEATURES)
+    @pytest.mark.parametrize("mode", MODES)
+    def test_float16(self, mode, name):
+        shape, options, lengths = FEATURES[name]
+        compare(make_inputs(shape, "float16", 1), make_spec(mode, shape[-1], **options), lengths)
+
+    def test_little_noise_and_a_bound_that_holds(self):
+        """Fine units of the fixed point; queries and keys whose logits need no ``min``."""
+        q, k, v, dout = make_inputs((1, 2048, 2048, 2, 1, 64))
+        q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+        spec = make_spec(
+            "record", 64, scale=1.4, bound_logits=False, numerator_std=1e-2, denominator_std=1e-2
+        )
+        compare([q, k, v, dout], spec)
+
+    @pytest.mark.parametrize("mode", ["record", "sequence"])
+    @pytest.mark.parametrize("depth", [64, 128])
+    def test_value_rows_that_are_not_numbers_count_as_zero(self, mode, depth):
+        q, k, v, dout = make_inputs((2, 300, 700, 4, 2, depth))
+        v = v.at[0, 3, 0, 5].set(jnp.nan).at[0, 70, 1, 1].set(jnp.inf).at[1, 699].set(-jnp.inf)
+        compare([q, k, v, dout], make_spec(mode, depth, is_causal=True))
+
+    @pytest.mark.parametrize("depth", [64, 128, 256])
+    @pytest.mark.parametrize("mode", ["record", "sequence"])
+    def test_keys_and_values_that_are_not_numbers(self, mode, depth):
+        """Forward: what the gradient of a logit that is NaN should be nobody says."""
+        q, k, v, _ = make_inputs((1, 200, 1200, 2, 2, depth))
+        k = k.at[0, 9, 0, 1].set(jnp.nan).at[0, 1111, 1, 1].set(jnp.nan)
+        v = v.at[0, 3, 0, 5].set(jnp.nan).at[0, 1170, 1, 1].set(jnp.inf)
+        spec = make_spec(mode, depth)
+        call = jax.jit(run, static_argnames=("spec", "implementation"))
+        ours, definition = (
+            call(q, k, v, spec=spec, implementation=name) for name in ("mosaic_gpu", "reference")
+        )
+        assert distance(ours, definition) < 1e-2
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_checkpoint(self, mode):
+        inputs = make_inputs((2, 200, 333, 2, 1, 128))
+        compare(inputs, make_spec(mode, 128, is_causal=True), wrap=jax.checkpoint)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_vmap(self, mode):
+        """Three lanes of two elements, as the definition counts them, gradients included."""
+        lanes = [make_inputs((2, 140, 200, 2, 1, 64), seed=i) for i in range(3)]
+        inputs = [jnp.stack(x) for x in zip(*lanes, strict=True)]
+        compare(inputs, make_spec(mode, 64), wrap=jax.vmap)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_two_calls_agree_to_the_last_bit(self, mode):
+        inputs = make_inputs((2, 1100, 2300, 4, 2, 128))
+        spec = make_spec(mode, 128, is_causal=True)
+        call = functools.partial(run_with_gradients, spec=spec, implementation="mosaic_gpu")
+        for first, second in zip(call(*inputs), call(*inputs), strict=True):
+            bits = [np.asarray(x).view(np.uint16) for x in (first, second)]
+            np.testing.assert_array_equal(*bits)
+
+    def test_another_key_or_element_gives_other_noise(self):
+        spec = make_spec("sequence", 128)
+        q, k, v, _ = make_inputs((2, 128, 256, 2, 2, 128))
+        call = jax.jit(
+            lambda words: attention(
+                q, k, 0 * v, spec, key_words=words, implementation="mosaic_gpu"
+            ).astype(jnp.float32)
+        )
+        first, second = (np.asarray(call(w)) for w in (WORDS, WORDS + jnp.uint32(1)))
+        for a, b in ((first, second), (first[0], first[1]), (first[:, :, 0], first[:, :, 1])):
+            assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.03
+            assert a.std() == pytest.approx(0.7, rel=0.02)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_no_memory_beyond_a_few_numbers_a_row(self, mode):
+        batch, length, heads, depth = 2, 4096, 8, 128
+        spec = make_spec(mode, depth, is_causal=True)
+        shapes = shapes_of((batch, length, length, heads, heads, depth))
+        compiled = run_with_gradients.lower(
+            *shapes, spec=spec, implementation="mosaic_gpu"
+        ).compile()
+        kept = compiled.memory_analysis().temp_size_in_bytes
+        assert kept <= 40 * batch * heads * length + 2**20
+
+
+TRACED = (
+    "D=256",
+    "causal, ragged, GQA, lengths",
+    "chunks of keys, window",
+    "padded head, causal, ChaCha12",
+)
+
+
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("mode", MODES)
+def test_traces_without_a_gpu(mode, name, monkeypatch):
+    """Every step up to the compiler, as if there were a Hopper."""
+    monkeypatch.setattr("pallas_kernels.attention.api._wrong_device", lambda name: None)
+    shape, options, lengths = FEATURES[name]
+    spec = make_spec(mode, shape[-1], **options)
+    shapes = shapes_of(shape)
+    lengths = None if lengths is None else jax.ShapeDtypeStruct((shape[0],), jnp.int32)
+    results = jax.eval_shape(
+        functools.partial(run_with_gradients, spec=spec, implementation="mosaic_gpu"),
+        *shapes,
+        lengths,
+    )
+    for got, x in zip(results, (shapes[3], *shapes[:3]), strict=True):
+        assert (got.shape, got.dtype) == (x.shape, x.dtype)

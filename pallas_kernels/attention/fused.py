@@ -57,11 +57,13 @@ class Backend(Protocol):
         *,
         blocks: Any = None,
         interpret: bool = False,
+        keep_clean: bool = True,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """The release, a float32 [B, N, T] statistic, and the output before the noise.
 
         The statistic is the denominator that was divided by (record mode) or the
-        log-sum-exp of the row's logits. The third is for sequence mode only.
+        log-sum-exp of the row's logits. The third is for the gradient of sequence mode, and
+        None otherwise or without ``keep_clean``.
         """
 
     def backward(
@@ -163,7 +165,7 @@ def _differentiable(
     lengths: jax.Array,
 ) -> jax.Array:
     scale = _value_scale(value, spec)
-    run = _folded(backend, spec, blocks[0], interpret, False)
+    run = _folded(backend, "forward", spec, blocks=blocks[0], interpret=interpret, keep_clean=False)
     return run(query, key, value, scale, noise, lengths)[0]
 
 
@@ -179,7 +181,7 @@ def _forward(
     lengths: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     scale = _value_scale(value, spec)
-    run = _folded(backend, spec, blocks[0], interpret, False)
+    run = _folded(backend, "forward", spec, blocks=blocks[0], interpret=interpret)
     out, stat, clean = run(query, key, value, scale, noise, lengths)
     kept = out if clean is None else clean
     return out, (query, key, value, lengths, kept, stat)
@@ -204,7 +206,7 @@ def _backward(
         delta = jnp.where(stat > jnp.float32(spec.denominator_floor), delta, 0.0)
         lse = jnp.log(stat) + jnp.float32(spec.logit_bound)
     scale = _value_scale(value, spec)
-    run = _folded(backend, spec, blocks[1], interpret, True)
+    run = _folded(backend, "backward", spec, blocks=blocks[1], interpret=interpret)
     dq, dk, dv = run(query, key, value, scale, lengths, lse, delta, d_out)
     if spec.is_noisy:
         _, pull = jax.vjp(lambda v: common.clip_rows(v, spec.value_clip), value)
@@ -222,15 +224,13 @@ def _value_scale(value: jax.Array, spec: AttentionSpec) -> Float32[Array, "b k s
 
 
 @functools.cache
-def _folded(
-    backend: Any, spec: AttentionSpec, blocks: Any, interpret: bool, is_backward: bool
-) -> Callable[..., Any]:
+def _folded(backend: Any, name: str, spec: AttentionSpec, **options: Any) -> Callable[..., Any]:
     """A kernel call for which ``vmap`` makes the batch longer instead of adding an axis."""
-    kernel = backend.backward if is_backward else backend.forward
+    kernel = getattr(backend, name)
 
     @custom_vmap
     def run(*operands: jax.Array | None) -> Any:
-        return kernel(*operands, spec, blocks=blocks, interpret=interpret)
+        return kernel(*operands, spec, **options)
 
     @run.def_vmap
     def _(axis_size: int, is_mapped: Any, *operands: jax.Array | None) -> Any:

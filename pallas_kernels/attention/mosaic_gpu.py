@@ -116,6 +116,7 @@ def forward(
     *,
     blocks: Blocks | None = None,
     interpret: bool = False,
+    keep_clean: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """See :class:`pallas_kernels.attention.fused.Backend`."""
     if interpret:
@@ -139,7 +140,7 @@ def forward(
     out_type = [
         like_query,
         jax.ShapeDtypeStruct((batch, heads, row_tiles * tile_rows), jnp.int32),
-        like_query if spec.mode == "sequence" else None,
+        like_query if keep_clean and spec.mode == "sequence" else None,
     ]
     swizzled = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=ops.SWIZZLED)
     barrier = functools.partial(plgpu.Barrier, num_barriers=plan.stages)
@@ -518,6 +519,7 @@ def _compute(
         if clean_ref is not None:
             store(out, clean_ref)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if spec.is_noisy:
             out = out + total_of(out * 0.0)
     store(out, out_ref)
     plgpu.copy_smem_to_gmem(row_bank, stat_ref.at[batch, head, pl.ds(first_row, _ROWS)])

@@ -70,6 +70,7 @@ def forward(
     *,
     blocks: Blocks | None = None,
     interpret: bool = False,
+    keep_clean: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """See :class:`pallas_kernels.attention.fused.Backend`."""
     batch, num_rows, heads, depth = query.shape
@@ -100,7 +101,7 @@ def forward(
         jax.ShapeDtypeStruct((batch, heads, 1, q.shape[2]), jnp.float32),
     ]
     out_specs = [rows, pl.BlockSpec((1, 1, 1, tiling.query), row_statistic)]
-    if spec.mode == "sequence":
+    if keep_clean and spec.mode == "sequence":
         out_shape.append(out_shape[0])
         out_specs.append(rows)
     sums = jnp.int32 if spec.mode == "record" else jnp.float32
@@ -206,7 +207,7 @@ def _forward_kernel(
             lse = jnp.where(is_empty, NOTHING_SEEN, top[...] + jnp.log(weights))
             stat_ref[0, 0] = to_row(lse)
             out = sums[...] / jnp.where(is_empty, 1.0, weights)
-        if spec.mode == "sequence":
+        if clean_ref:
             clean_ref[0][0, 0] = out.astype(out_ref.dtype)
         if spec.is_noisy:
             normals = place.normals(tiling.query, out.shape[1])

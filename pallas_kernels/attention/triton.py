@@ -93,6 +93,7 @@ def forward(
     *,
     blocks: Blocks | None = None,
     interpret: bool = False,
+    keep_clean: bool = True,
 ) -> tuple[jax.Array, Float32[Array, "B N T"], jax.Array | None]:
     """The release, one statistic a row, and in sequence mode the output before the noise.
 
@@ -109,12 +110,12 @@ def forward(
     scale_spec = pl.BlockSpec((None, None, num_keys), lambda i, n, b: (b, n // groups, 0))
     noise_spec = pl.BlockSpec((None, 19), lambda i, n, b: (b, 0))
     stat_spec = pl.BlockSpec((None, None, num_rows), lambda i, n, b: (b, n, 0))
-    is_sequence = spec.mode == "sequence"
+    keep_clean = keep_clean and spec.mode == "sequence"
     out = jax.ShapeDtypeStruct(query.shape, query.dtype)
     stat = jax.ShapeDtypeStruct((batch, heads, num_rows), jnp.float32)
     result: tuple[jax.Array, jax.Array, jax.Array | None] = pl.pallas_call(
         functools.partial(_kernel, spec=spec, blocks=blocks, num_rows=num_rows, num_keys=num_keys),
-        out_shape=(out, stat, out if is_sequence else None),
+        out_shape=(out, stat, out if keep_clean else None),
         grid=(pl.cdiv(num_rows, blocks.rows), heads, batch),
         in_specs=[
             query_spec,
@@ -124,7 +125,7 @@ def forward(
             None if noise is None else noise_spec,
             pl.BlockSpec((batch,), lambda i, n, b: (0,)),
         ],
-        out_specs=(query_spec, stat_spec, query_spec if is_sequence else None),
+        out_specs=(query_spec, stat_spec, query_spec if keep_clean else None),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name=f"attention_{spec.mode}",
@@ -183,7 +184,7 @@ def _kernel(
     sums = _bounded_sums if spec.mode == "record" else _softmax
     total, stat = sums(spec, blocks, q.shape, num_keys, first, last, logits, weighted_values)
 
-    if spec.mode == "sequence":
+    if clean_ref is not None:
         plgpu.store(clean_ref.at[row_slice, :], total.astype(q.dtype), mask=in_bounds[:, None])
     if spec.is_noisy:
         words = [noise_ref[i] for i in range(19)]

@@ -46,7 +46,7 @@ _ROWS = 64  # rows of one warpgroup's matrix instruction
 _LOG2E = math.log2(math.e)
 # Registers a thread. A block starts with the same for all, 65536 for all its threads, and
 # what some take others must have given back, or they wait for ever.
-_COMPUTE_REGISTERS = {(1, False): 248, (2, False): 240, (1, True): 248, (2, True): 216}
+_COMPUTE_REGISTERS = {(1, False): 248, (2, False): 240, (1, True): 256, (2, True): 216}
 _NOISE_REGISTERS = 56
 _DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -500,16 +500,18 @@ def _compute(
     def per_row(x: jax.Array) -> jax.Array:
         return lax.broadcast_in_dim(x, (_ROWS, depth), [0])
 
-    total_of = functools.partial(
-        ops.bank_total, bank=scratch["bank"], warpgroup=warpgroup, chunks=chunks, unit=plan.unit,
-        spacing=spec.spacing(spec.numerator_std),
-    )  # fmt: skip
+    bank = {
+        "bank": scratch["bank"],
+        "warpgroup": warpgroup,
+        "unit": plan.unit,
+        "spacing": spec.spacing(spec.numerator_std),
+    }
     if is_record:
         ops.row_bank_add(rows[0], scratch["row_bank"], warpgroup, unit=plan.row_unit)
         noisy = plgpu.load(row_bank, layout=ops.PER_ROW)
         stat = _denominator(spec, noisy.astype(jnp.float32) * plan.row_unit)
         row_bank[...] = lax.bitcast_convert_type(stat, jnp.int32)
-        out = total_of(sums) * per_row(1.0 / stat)
+        out = ops.bank_total(sums, chunks=chunks, **bank) * per_row(1.0 / stat)
     else:
         total, top = ops.row_sum(rows[0]), rows[1]
         seen = total > 0.0
@@ -520,7 +522,7 @@ def _compute(
             store(out, clean_ref)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if spec.is_noisy:
-            out = out + total_of(out * 0.0)
+            out = ops.bank_noise(out, **bank)
     store(out, out_ref)
     plgpu.copy_smem_to_gmem(row_bank, stat_ref.at[batch, head, pl.ds(first_row, _ROWS)])
     plgpu.wait_smem_to_gmem(0)

@@ -320,23 +320,46 @@ def bank_total(
                 lines.append(f"add.s32 n{i}, n{i}, m{i}; add.s32 n{i}, n{i}, {shift};")
                 lines.append(f"and.b32 n{i}, n{i}, {mask}; cvt.rn.f32.s32 x{i}, n{i};")
                 lines.append(f"mul.rn.f32 ${i}, x{i}, {scale};")
-            values = llvm.inline_asm(
-                llvm.StructType.get_literal((f32,) * n),
-                [*operands, *elements],
-                "{ " + " ".join(lines) + " }",
-                "=&f," * n + "r,r,f,f" + ",f" * n,
-                # Not before the wait for the noise.
-                has_side_effects=True,
-            )
-            results += [llvm.extractvalue(f32, values, (i,)) for i in range(n)]
-        totals = np.empty(sums.registers.shape, dtype=object)
-        order = [index for index, _word in _bank_order(sums)][::2]
-        for i, index in enumerate(order):
-            pair = results[2 * i : 2 * i + 2]
-            totals[index] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
-        return _like(sums, totals)
+            results += _outputs(lines, [*operands, *elements], "r,r,f,f" + ",f" * n, n)
+        return _like(sums, _pairs(sums, results))
 
     return run(sums, bank, warpgroup, chunks)
+
+
+def bank_noise(
+    tile: jax.Array, bank: Any, warpgroup: jax.Array, *, unit: float, spacing: float
+) -> jax.Array:
+    """A tile plus the bank, in float32, rounded to the public grid; no chunks in the bank.
+
+    For tiles that are not sums of multiples of ``unit``: the rounding is one of floats.
+    """
+    to_grid = "mul.rn.f32 x{i}, x{i}, {inverse}; cvt.rni.f32.f32 x{i}, x{i};"
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE, plgpu.RefType(), plgpu.Layout.WG_SPLAT),
+        return_type=plgpu.ShapeDtypeStruct(tile.shape, jnp.float32, TILE),
+    )
+    def run(_, tile, bank, warpgroup):
+        f32 = ir.F32Type.get()
+        address, _words = _bank_words(bank, warpgroup.registers[()])
+        grid = spacing or 1.0
+        operands = [address, *(_constant(f32, x) for x in (unit, 1.0 / grid, grid))]
+        results = []
+        for words, elements in _batches(tile):
+            n = len(words)
+            address, scale, inverse, back = (f"${n + i}" for i in range(4))
+            lines = [f".reg .f32 x<{n}>; .reg .b32 m<{n}>;"]
+            lines += [f"ld.shared.u32 m{i}, [{address} + {512 * w}];" for i, w in enumerate(words)]
+            for i in range(n):
+                lines.append(f"cvt.rn.f32.s32 x{i}, m{i};")
+                lines.append(f"fma.rn.f32 x{i}, x{i}, {scale}, ${n + 4 + i};")
+                if spacing:
+                    lines.append(to_grid.format(i=i, inverse=inverse))
+                lines.append(f"mul.rn.f32 ${i}, x{i}, {back};")
+            results += _outputs(lines, [*operands, *elements], "r,f,f,f" + ",f" * n, n)
+        return _like(tile, _pairs(tile, results))
+
+    return run(tile, bank, warpgroup)
 
 
 def add_normals(
@@ -455,6 +478,29 @@ def _batches(sums):
         batch = order[start : start + 16]
         words = [word for _index, word in batch]
         yield words, [vector.extract(sums.registers[i], [], [w % 2]) for i, w in batch]
+
+
+def _outputs(lines, operands, constraints, count):
+    """``count`` floats of a block of assembly that must stay behind the wait for the noise."""
+    f32 = ir.F32Type.get()
+    values = llvm.inline_asm(
+        llvm.StructType.get_literal((f32,) * count),
+        operands,
+        "{ " + " ".join(lines) + " }",
+        "=&f," * count + constraints,
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(f32, values, (i,)) for i in range(count)]
+
+
+def _pairs(tile, values):
+    """Values in the order of :func:`_bank_order` as the tile's registers."""
+    registers = np.empty(tile.registers.shape, dtype=object)
+    order = [index for index, _word in _bank_order(tile)][::2]
+    for i, index in enumerate(order):
+        two = ir.VectorType.get((2,), ir.F32Type.get())
+        registers[index] = vector.from_elements(two, values[2 * i : 2 * i + 2])
+    return registers
 
 
 def _bank_words(bank, warpgroup):

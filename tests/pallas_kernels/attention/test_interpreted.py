@@ -4,6 +4,7 @@ How they compute is tested in test_triton.py and test_mosaic_tpu.py; here, that 
 point, the padding, the noise and JAX's transformations fit around them.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -81,3 +82,12 @@ class TestInterpreted:
 
     def test_checkpoint(self, name):
         compare(name, make_inputs(), SPECS["sequence"], wrap=jax.checkpoint)
+
+
+@pytest.mark.parametrize("name", ["triton", "mosaic_tpu"])
+def test_sequence_outputs_lie_on_the_public_grid(name):
+    spec = dataclasses.replace(SPECS["sequence"], grid=6)
+    out = run(*make_inputs(), spec=spec, name=name, interpret=True)[0]
+    steps = np.asarray(out, np.float64) / spec.spacing(spec.numerator_std)
+    assert len(np.unique(steps)) > 20
+    np.testing.assert_array_equal(steps, np.round(steps))

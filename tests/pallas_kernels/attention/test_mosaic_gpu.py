@@ -168,6 +168,15 @@ class TestOnHopper:
             bits = [np.asarray(x).view(np.uint16) for x in (first, second)]
             np.testing.assert_array_equal(*bits)
 
+    def test_sequence_outputs_lie_on_the_public_grid(self):
+        """A grid so coarse that bfloat16 holds its multiples exactly."""
+        q, k, v, _ = make_inputs((2, 200, 300, 2, 1, 128))
+        spec = make_spec("sequence", 128, grid=2)
+        out = jax.jit(functools.partial(run, spec=spec, implementation="mosaic_gpu"))(q, k, v)
+        steps = np.asarray(out, np.float64) / spec.spacing(spec.numerator_std)
+        assert np.abs(steps).max() < 2**8
+        np.testing.assert_array_equal(steps, np.round(steps))
+
     def test_another_key_or_element_gives_other_noise(self):
         spec = make_spec("sequence", 128)
         q, k, v, _ = make_inputs((2, 128, 256, 2, 2, 128))

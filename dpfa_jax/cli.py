@@ -46,14 +46,14 @@ def _add_bench(commands: Any) -> None:
     )
     attention.add_argument(
         "--shapes",
-        choices=("all", "small"),
+        choices=("all", "standard", "small"),
         default="all",
-        help="small: tiny shapes that a CPU can do, to see that it works",
+        help="standard: up to T = 16384; small: tiny ones that a CPU can do, to see that it works",
     )
     attention.add_argument(
-        "--quick",
+        "--only-targets",
         action="store_true",
-        help="only what the targets are about, up to T = 16384",
+        help="only the peers and the versions that the targets name",
     )
     attention.add_argument(
         "--json",
@@ -61,6 +61,14 @@ def _add_bench(commands: Any) -> None:
         default=Path("runs/bench_attention.json"),
         metavar="PATH",
         help="the result (default: %(default)s)",
+    )
+    attention.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that compile at the same time; one at a time measures "
+        "(default: %(default)s)",
     )
     _add_budget(attention, 420.0)
     tune = kinds.add_parser(
@@ -106,8 +114,9 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
 
     result = attention.run(
         shapes=args.shapes,
-        quick=args.quick,
+        only_targets=args.only_targets,
         budget=args.budget,
+        jobs=args.jobs,
         json_path=args.json,
         command=shlex.join(["dpfa", *argv]),
     )

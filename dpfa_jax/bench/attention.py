@@ -10,9 +10,11 @@ import datetime
 import functools
 import importlib.metadata
 import itertools
+import multiprocessing
 import platform
+import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from dpfa_jax.bench.files import write_json
 from dpfa_jax.bench.timing import (
     BenchError,
     Plan,
+    Runnable,
     Timing,
     compile_all,
     measure,
@@ -54,8 +57,11 @@ def package_versions() -> dict[str, str | None]:
     return versions
 
 
-def choose_shapes(shapes: str, quick: bool) -> tuple[Shape, ...]:
-    """The shapes that the options name.
+_SHAPES = {"all": ALL, "standard": STANDARD}
+
+
+def choose_shapes(shapes: str) -> tuple[Shape, ...]:
+    """The shapes of a name: ``'all'``, ``'standard'`` (up to T = 16384) or ``'small'``.
 
     Raises:
         BenchError: for the full shapes on a machine without an accelerator.
@@ -64,7 +70,7 @@ def choose_shapes(shapes: str, quick: bool) -> tuple[Shape, ...]:
         return SMALL
     if jax.default_backend() == "cpu":
         raise BenchError("the full shapes need an accelerator; on a CPU use --shapes small.")
-    return STANDARD if quick else ALL
+    return _SHAPES[shapes]
 
 
 def _ratios(timings: dict[str, Timing], name: str, others: Sequence[str | None]) -> dict[str, Any]:
@@ -77,14 +83,35 @@ def _ratios(timings: dict[str, Timing], name: str, others: Sequence[str | None])
     return ratios
 
 
-def measure_cell(
-    shape: Shape, direction: Direction, versions: Sequence[Version], plan: Plan
-) -> dict[str, Any]:
-    """One shape in one direction: every version's samples, ratios, memory or error."""
-    versions = [v for v in versions if direction in v.directions]
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One shape in one direction, compiled and not yet measured."""
+
+    shape: Shape
+    direction: Direction
+    versions: tuple[Version, ...]
+    runnables: dict[str, Runnable]
+    errors: dict[str, str]
+
+
+def prepare_cell(shape: Shape, direction: Direction, versions: Sequence[Version]) -> Cell:
+    """Compiles every version of a shape; what does not compile leaves the text of its error."""
+    chosen = tuple(v for v in versions if direction in v.directions)
     case = make_case(shape, direction)
-    runnables, errors = compile_all({v.name: functools.partial(v.prepare, case) for v in versions})
+    runnables, errors = compile_all({v.name: functools.partial(v.prepare, case) for v in chosen})
+    return Cell(shape, direction, chosen, runnables, errors)
+
+
+def measure_cell(cell: Cell, plan: Plan) -> dict[str, Any]:
+    """Times a cell: every version's samples, ratios, memory or error."""
+    shape, direction, versions, runnables = (
+        cell.shape,
+        cell.direction,
+        cell.versions,
+        cell.runnables,
+    )
     timings = measure(runnables, plan)
+    errors = dict(cell.errors)
     errors |= {name: t.error for name, t in timings.items() if t.error is not None}
     timed = {name: t for name, t in timings.items() if t.seconds}
     jax_peers = [v.name for v in versions if v.family == "jax" and v.name in timed]
@@ -130,11 +157,72 @@ def _left_out(shape: Shape, direction: Direction, versions: Sequence[Version], w
     }
 
 
+def _in_processes(
+    tasks: Sequence[tuple[Shape, Direction]],
+    only_targets: bool,
+    plan: Plan,
+    deadline: float,
+    jobs: int,
+) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Measures cells that several processes compile; yields (number, cell or None if late).
+
+    All compile first, all together; then one after the other measures, alone.
+    """
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    start, turn = context.Barrier(jobs), context.Condition()
+    following = context.Value("i", 0)
+    processes = []
+    for i in range(jobs):
+        numbered = list(enumerate(tasks))[i::jobs]
+        process = context.Process(
+            target=_worker,
+            args=(numbered, only_targets, plan, deadline, start, turn, following, results),
+        )
+        process.start()
+        processes.append(process)
+    try:
+        for _ in tasks:
+            while True:
+                try:
+                    yield results.get(timeout=1.0)
+                    break
+                except queue.Empty:
+                    if any(p.exitcode not in (None, 0) for p in processes):
+                        raise BenchError(
+                            "a process of the bench died; its last lines are above."
+                        ) from None
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _worker(
+    numbered: Sequence[tuple[int, tuple[Shape, Direction]]], only_targets: bool, plan: Plan,
+    deadline: float, start: Any, turn: Any, following: Any, results: Any,
+) -> None:  # fmt: skip
+    cells = [(n, prepare_cell(*task, _versions(only_targets))) for n, task in numbered]
+    start.wait()
+    for number, cell in cells:
+        with turn:
+            turn.wait_for(lambda number=number: following.value == number)
+            late = time.time() > deadline
+            results.put((number, None if late else measure_cell(cell, plan)))
+            following.value += 1
+            turn.notify_all()
+
+
+def _versions(only_targets: bool) -> list[Version]:
+    return [v for v in VERSIONS if v.for_targets or not only_targets]
+
+
 def run(
     *,
     shapes: str = "all",
-    quick: bool = False,
+    only_targets: bool = False,
     budget: float = 420.0,
+    jobs: int = 1,
     plan: Plan | None = None,
     json_path: Path | None = None,
     command: str = "dpfa bench attention",
@@ -143,11 +231,15 @@ def run(
     """Measures everything and judges the targets.
 
     Args:
-        shapes: ``'all'`` or ``'small'`` (tiny ones, for a machine without accelerator).
-        quick: only the shapes that the targets are about, up to T = 16384, and only the
-            versions that they name, beside the peers.
+        shapes: ``'all'``, ``'standard'`` (those that the targets are about, up to T = 16384)
+            or ``'small'`` (tiny ones, for a machine without accelerator).
+        only_targets: only the versions that the targets name, beside the peers.
         budget: seconds after which no further shape is begun; the rest is recorded as
             left out.
+        jobs: processes that compile at the same time; with more than one, all shapes are
+            compiled before the first is measured, and one process measures at a time. They
+            share the accelerator: keep JAX from taking all of its memory
+            (``XLA_PYTHON_CLIENT_PREALLOCATE=false``).
         plan: how many samples; None is the usual.
         json_path: written after every shape, so that a run cut short leaves a result.
         command: as typed, for the record.
@@ -160,9 +252,10 @@ def run(
         BenchError: if the shapes cannot be measured here.
     """
     start = time.monotonic()
+    deadline = time.time() + budget
     plan = plan or Plan()
-    chosen = choose_shapes(shapes, quick)
-    versions = [v for v in VERSIONS if v.for_targets or not quick]
+    tasks = [(s, d) for d, s in itertools.product(DIRECTIONS, choose_shapes(shapes))]
+    versions = _versions(only_targets)
     device = jax.devices()[0]
     result: dict[str, Any] = {
         "command": command,
@@ -175,15 +268,24 @@ def run(
         "cells": [],
         "targets": [],
     }
-    for shape, direction in itertools.product(chosen, DIRECTIONS):
-        spent = time.monotonic() - start
-        if spent > budget:
-            why = f"not measured: the time budget of {budget:.0f} s was spent"
-            result["cells"].append(_left_out(shape, direction, versions, why))
-        else:
-            progress(f"[{spent:4.0f} s] {shape}, {direction}")
-            result["cells"].append(measure_cell(shape, direction, versions, plan))
-        result["targets"] = targets.judge(result["cells"])
+    late = f"not measured: the time budget of {budget:.0f} s was spent"
+    cells = [_left_out(*task, versions, late) for task in tasks]
+
+    def measured() -> Iterator[tuple[int, dict[str, Any] | None]]:
+        if jobs > 1:
+            yield from _in_processes(tasks, only_targets, plan, deadline, min(jobs, len(tasks)))
+            return
+        for number, task in enumerate(tasks):
+            in_time = time.time() <= deadline
+            yield number, measure_cell(prepare_cell(*task, versions), plan) if in_time else None
+
+    for number, cell in measured():
+        if cell is not None:
+            cells[number] = cell
+            shape, direction = tasks[number]
+            progress(f"[{time.monotonic() - start:4.0f} s] {shape}, {direction}")
+        result["cells"] = cells
+        result["targets"] = targets.judge(cells)
         result["seconds"] = round(time.monotonic() - start, 1)
         if json_path is not None:
             write_json(json_path, result)

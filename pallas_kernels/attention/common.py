@@ -63,6 +63,39 @@ def row_scales(value: Float[Array, "*b h"], bound: float) -> Float32[Array, "*b"
     return jnp.where(jnp.isfinite(square), _scale(square, bound), 0.0)
 
 
+def value_scale(value: Float[Array, "b s k h"], spec: AttentionSpec) -> Float32[Array, "b k s"]:
+    """:func:`row_scales`, a line for each head."""
+    return row_scales(value, spec.value_clip).swapaxes(1, 2)
+
+
+def row_dots(
+    first: Float[Array, "b t n h"], second: Float[Array, "b t n h"]
+) -> Float32[Array, "b n t"]:
+    """The products of corresponding rows, in float32."""
+    return jnp.einsum(
+        "btnh,btnh->bnt", first.astype(jnp.float32), second.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )  # fmt: skip
+
+
+def through_clip(
+    d_clipped: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    scale: Float32[Array, "b k s"],
+    bound: float,
+) -> Float[Array, "b s k h"]:
+    """The gradient of rows v from the gradient g of v̄ = c·v, c = min(1, bound/‖v‖).
+
+    c·(g − v̄ (v̄·g)/bound²) where c < 1: only the direction of a clipped row matters. The
+    gradient of a row that is not finite is 0.
+    """
+    c = scale.swapaxes(1, 2)[..., None]
+    clipped = jnp.where(c > 0.0, value.astype(jnp.float32) * c, 0.0)
+    d = jnp.where(c > 0.0, d_clipped.astype(jnp.float32), 0.0)
+    along = jnp.sum(clipped * d, axis=-1, keepdims=True) * (1.0 / bound**2)
+    return (c * (d - jnp.where(c < 1.0, clipped * along, 0.0))).astype(d_clipped.dtype)
+
+
 def clip_rows(value: Float[Array, "*b h"], bound: float) -> Float32[Array, "*b h"]:
     """Rows times :func:`row_scales`, in float32; rows that are not finite are zero."""
     value = value.astype(jnp.float32)
@@ -168,6 +201,18 @@ def batch_counters(
     probes = tuple(jax.lax.stop_gradient(x).reshape(-1)[:1] for x in operands if x.size)
     lane = _lane(jnp.uint32(0), key_words, probes)
     return lane * jnp.uint32(batch) + jnp.arange(batch, dtype=jnp.uint32)
+
+
+def with_child_keys(noise: UInt32[Array, "b 11"]) -> UInt32[Array, "b 19"]:
+    """A call's noise (:func:`fused.pack_noise`) with the two child keys for its own.
+
+    For kernels that do not derive them. The rounds are a loop: written out, they take the
+    compilers of GPUs half a minute.
+    """
+    zero, purpose = jnp.uint32(0), jnp.array([NUMERATOR, DENOMINATOR], jnp.uint32)
+    words = prng.random_block(noise[:, None, :8], (zero, zero, zero, purpose), unroll=False)
+    keys = jnp.stack(words[:8], axis=-1).reshape(-1, 16)
+    return jnp.concatenate([keys, noise[:, 8:]], axis=1)
 
 
 def numerator_noise(

@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Float32, UInt32
+from jaxtyping import Array, Float, UInt32
 
-from pallas_kernels import prng
-from pallas_kernels.attention import common
 from pallas_kernels.attention.spec import AttentionSpec
 
 # Head dimensions that kernels are written for; others are padded with zeros.
@@ -34,10 +32,12 @@ def padded_head_dim(depth: int) -> int:
 class Backend(Protocol):
     """What a module of kernels provides.
 
-    ``value_scale`` [B, K, S] holds the clipping factors of the value rows (None in exact
-    mode); a row with the factor 0 counts as zero even if it holds NaN. ``noise`` is
-    uint32[B, 19]: a key for the numerator, one for the denominator, the first row's
-    counter, the first head's counter and the batch counter. ``lengths`` is int32[B].
+    ``value_scale`` is what the back end's function of that name returned: the clipping
+    factors of the value rows (None in exact mode); a row with the factor 0 counts as zero
+    even if it holds NaN. ``noise`` is
+    uint32[B, 11]: the call's key, the first row's counter, the first head's counter and the
+    batch counter; the kernels derive the children ``common.NUMERATOR`` and
+    ``common.DENOMINATOR`` of the key. ``lengths`` is int32[B].
     """
 
     def unsupported(
@@ -45,12 +45,21 @@ class Backend(Protocol):
     ) -> str | None:
         """Why this call is not possible on any device; None if it is."""
 
+    def value_scale(self, value: jax.Array, spec: AttentionSpec) -> Any:
+        """The factors of :func:`common.row_scales` in the form that the kernels take.
+
+        For most, float32 [B, K, S]: :func:`common.value_scale`.
+        """
+
+    def row_dots(self, first: jax.Array, second: jax.Array) -> jax.Array:
+        """Products of corresponding rows, float32 [B, N, T]; usually :func:`common.row_dots`."""
+
     def forward(
         self,
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
-        value_scale: jax.Array | None,
+        value_scale: Any,
         noise: jax.Array | None,
         lengths: jax.Array,
         spec: AttentionSpec,
@@ -71,7 +80,7 @@ class Backend(Protocol):
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
-        value_scale: jax.Array | None,
+        value_scale: Any,
         lengths: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
@@ -81,10 +90,11 @@ class Backend(Protocol):
         blocks: Any = None,
         interpret: bool = False,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Gradients for query, key and the *clipped* value.
+        """Gradients for query, key and value.
 
         With p = exp(min(x, U) − lse) and dp = d_out·v̄ the logits' gradient is
-        p (dp − delta), zero where the bound clamps.
+        p (dp − delta), zero where the bound clamps; the gradient pᵀ·d_out of the clipped
+        value v̄ becomes that of the value by :func:`common.through_clip`.
         """
 
 
@@ -94,18 +104,10 @@ def pack_noise(
     *,
     first_row: jax.Array | int = 0,
     first_head: jax.Array | int = 0,
-) -> UInt32[Array, "b 19"]:
-    """Keys and counters of a call, one row for each batch element."""
-    purpose = jnp.array([common.NUMERATOR, common.DENOMINATOR], jnp.uint32)
-    zero = jnp.uint32(0)
-    # Both children in one block of operations: a loop would be ten launches on a GPU.
-    # (XLA's CPU compiler takes seconds for unrolled rounds.)
-    children = prng.random_block(
-        key_words, (zero, zero, zero, purpose), unroll=jax.default_backend() != "cpu"
-    )
-    keys = jnp.stack(children[:8], axis=-1).reshape(-1)
+) -> UInt32[Array, "b 11"]:
+    """Key and counters of a call, one row for each batch element."""
     first = jnp.stack([jnp.asarray(x).astype(jnp.uint32) for x in (first_row, first_head)])
-    words = jnp.concatenate([keys, first])
+    words = jnp.concatenate([key_words, first])
     every = jnp.broadcast_to(words, (counters.shape[0], words.shape[0]))
     return jnp.concatenate([every, counters[:, None]], axis=1)
 
@@ -117,7 +119,7 @@ def attention(
     value: Float[Array, "b s k h"],
     spec: AttentionSpec,
     *,
-    noise: UInt32[Array, "b 19"] | None,
+    noise: UInt32[Array, "b 11"] | None,
     lengths: jax.Array | None,
     blocks: tuple[Any, Any] = (None, None),
     interpret: bool = False,
@@ -164,7 +166,7 @@ def _differentiable(
     noise: jax.Array | None,
     lengths: jax.Array,
 ) -> jax.Array:
-    scale = _value_scale(value, spec)
+    scale = _value_scale(backend, value, spec)
     run = _folded(backend, "forward", spec, blocks=blocks[0], interpret=interpret, keep_clean=False)
     return run(query, key, value, scale, noise, lengths)[0]
 
@@ -179,12 +181,12 @@ def _forward(
     value: jax.Array,
     noise: jax.Array | None,
     lengths: jax.Array,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    scale = _value_scale(value, spec)
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    scale = _value_scale(backend, value, spec)
     run = _folded(backend, "forward", spec, blocks=blocks[0], interpret=interpret)
     out, stat, clean = run(query, key, value, scale, noise, lengths)
     kept = out if clean is None else clean
-    return out, (query, key, value, lengths, kept, stat)
+    return out, (query, key, value, scale, lengths, kept, stat)
 
 
 def _backward(
@@ -192,48 +194,39 @@ def _backward(
     spec: AttentionSpec,
     blocks: tuple[Any, Any],
     interpret: bool,
-    residuals: tuple[jax.Array, ...],
+    residuals: tuple[Any, ...],
     d_out: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
-    query, key, value, lengths, out, stat = residuals
-    delta = jnp.einsum(
-        "btnh,btnh->bnt", d_out.astype(jnp.float32), out.astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
-    )  # fmt: skip
+    query, key, value, scale, lengths, out, stat = residuals
+    delta = _folded(backend, "row_dots")(d_out, out)
     lse = stat
     if spec.mode == "record":
         # At the floor the denominator is a constant and passes no gradient.
         delta = jnp.where(stat > jnp.float32(spec.denominator_floor), delta, 0.0)
         lse = jnp.log(stat) + jnp.float32(spec.logit_bound)
-    scale = _value_scale(value, spec)
     run = _folded(backend, "backward", spec, blocks=blocks[1], interpret=interpret)
     dq, dk, dv = run(query, key, value, scale, lengths, lse, delta, d_out)
-    if spec.is_noisy:
-        _, pull = jax.vjp(lambda v: common.clip_rows(v, spec.value_clip), value)
-        (dv,) = pull(dv.astype(jnp.float32))
     return dq, dk, dv, None, None
 
 
 _differentiable.defvjp(_forward, _backward)
 
 
-def _value_scale(value: jax.Array, spec: AttentionSpec) -> Float32[Array, "b k s"] | None:
-    if not spec.is_noisy:
-        return None
-    return common.row_scales(value, spec.value_clip).swapaxes(1, 2)
+def _value_scale(backend: Any, value: jax.Array, spec: AttentionSpec) -> Any:
+    return _folded(backend, "value_scale", spec)(value) if spec.is_noisy else None
 
 
 @functools.cache
-def _folded(backend: Any, name: str, spec: AttentionSpec, **options: Any) -> Callable[..., Any]:
+def _folded(backend: Any, name: str, *static: AttentionSpec, **options: Any) -> Callable[..., Any]:
     """A kernel call for which ``vmap`` makes the batch longer instead of adding an axis."""
     kernel = getattr(backend, name)
 
     @custom_vmap
-    def run(*operands: jax.Array | None) -> Any:
-        return kernel(*operands, spec, **options)
+    def run(*operands: Any) -> Any:
+        return kernel(*operands, *static, **options)
 
     @run.def_vmap
-    def _(axis_size: int, is_mapped: Any, *operands: jax.Array | None) -> Any:
+    def _(axis_size: int, is_mapped: Any, *operands: Any) -> Any:
         def fold(x: jax.Array, mapped: bool) -> jax.Array:
             if not mapped:
                 x = jnp.broadcast_to(x, (axis_size, *x.shape))

@@ -43,7 +43,6 @@ class Blocks:
         dkv_rows: query rows of one tile of the dk/dv kernel, 64 or 128.
         dkv_stages: slots of its ring.
         warpgroups: compute warpgroups of a block, 1 to 3, each with 64 rows of its own.
-        cluster: blocks that fetch each tile together, 1 or 2.
     """
 
     dq_keys: int = 64
@@ -51,12 +50,11 @@ class Blocks:
     dkv_rows: int = 64
     dkv_stages: int = 4
     warpgroups: int = 2
-    cluster: int = 1
 
     @property
     def own(self) -> int:
-        """Rows or keys that a cluster owns."""
-        return self.warpgroups * self.cluster * _ROWS
+        """Rows or keys that a block owns."""
+        return self.warpgroups * _ROWS
 
 
 # Registers a thread, of the compute warpgroups and of the loading one, by the number of the
@@ -79,25 +77,19 @@ def unsupported(spec: AttentionSpec, query: Any, key: Any, *, has_mask: bool) ->
     return None
 
 
-def _fetch(source: Any, slot: Any, barrier: Any, blocks: Blocks) -> None:
-    """Copies a tile to a slot; the blocks of a cluster fetch a part each, for all of them."""
-    axes = "pair" if blocks.cluster > 1 else None
-    plgpu.copy_gmem_to_smem(source, slot, barrier, collective_axes=axes)
-
-
 def _dq_kernel(
     spec: AttentionSpec, blocks: Blocks, grid: tuple[int, int, int], groups: int, *refs: Any
 ) -> None:
     """The gradient of the queries: 64 rows a compute warpgroup."""
     q_ref, k_ref, v_ref, do_ref, row_ref, key_ref, limit_ref, dq_ref = refs[:8]
-    q_smem, do_smem, k_smem, v_smem, key_smem, own_bar, k_bar, v_bar, free, done = refs[8:]
+    q_smem, do_smem, k_smem, v_smem, key_smem, own_bar, k_bar, v_bar, free, done, _ = refs[8:]
     wgs, keys, stages = blocks.warpgroups, blocks.dq_keys, blocks.dq_stages
     dtype, shape = q_ref.dtype, (_ROWS, keys)
-    tile, head, batch = _position(grid, blocks.cluster)
+    tile, head, batch = _position(grid)
     if spec.is_causal:
         tile = grid[0] - 1 - tile  # the longest rows first
     kv_head = lax.div(head, jnp.int32(groups))
-    first = lax.div(tile, jnp.int32(blocks.cluster)) * blocks.own
+    first = tile * blocks.own
     limits = (limit_ref[batch, kv_head, 0], limit_ref[batch, kv_head, 1])
     plan = tiles.keys_plan(spec, first, blocks.own, limits, keys)
     wg = lax.axis_index("wg")
@@ -162,11 +154,11 @@ def _dq_kernel(
         def load(tile: jax.Array, _: jax.Array, slot: jax.Array) -> None:
             cut = pl.ds(tile * keys, keys)
             at = (batch, cut, kv_head)
-            _fetch(k_ref.at[at], k_smem.at[slot], k_bar.at[slot], blocks)
+            plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[slot], k_bar.at[slot])
             plgpu.copy_gmem_to_smem(
                 key_ref.at[batch, kv_head, :, cut], key_smem.at[slot], k_bar.at[slot]
             )
-            _fetch(v_ref.at[at], v_smem.at[slot], v_bar.at[slot], blocks)
+            plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[slot], v_bar.at[slot])
 
         tiles.stream(plan, 1, stages, load, free)
         plgpu.barrier_wait(done)
@@ -185,11 +177,11 @@ def _dkv_kernel(
 ) -> None:
     """The gradients of keys and values: 64 keys a compute warpgroup; tile rows are keys."""
     q_ref, k_ref, v_ref, do_ref, row_ref, key_ref, limit_ref, dk_ref, dv_ref = refs[:9]
-    k_smem, v_smem, q_smem, do_smem, row_smem, own_bar, q_bar, do_bar, free, done = refs[9:]
+    k_smem, v_smem, q_smem, do_smem, row_smem, own_bar, q_bar, do_bar, free, done, c_smem = refs[9:]
     wgs, rows, stages = blocks.warpgroups, blocks.dkv_rows, blocks.dkv_stages
     dtype, shape = q_ref.dtype, (_ROWS, rows)
-    tile, kv_head, batch = _position(grid, blocks.cluster)
-    first = lax.div(tile, jnp.int32(blocks.cluster)) * blocks.own
+    tile, kv_head, batch = _position(grid)
+    first = tile * blocks.own
     plan = tiles.rows_plan(spec, first, blocks.own, num_rows, limit_ref[batch, kv_head, 0], rows)
     wg = lax.axis_index("wg")
 
@@ -197,14 +189,11 @@ def _dkv_kernel(
     def _compute() -> None:
         plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
         own = pl.ds((tile * wgs + wg) * _ROWS, _ROWS)
-        c, keys = (
-            plgpu.load(key_ref.at[batch, kv_head, i, own], layout=tiles.LINE[0], optimized=False)
-            for i in range(2)
-        )
+        keys = plgpu.load(key_ref.at[batch, kv_head, 1, own], layout=tiles.LINE[0], optimized=False)
         k, v = k_smem.at[wg], v_smem.at[wg]
         plgpu.barrier_wait(own_bar.at[wg])
         if spec.is_noisy:
-            c = tiles.spread(c, v.shape, 0)
+            c = tiles.spread(plgpu.load(c_smem.at[wg], layout=tiles.LINE[0]), v.shape, 0)
             # v may be NaN where c is 0.
             clipped = jnp.where(
                 c > 0.0, plgpu.load(v, layout=tiles.TILE).astype(jnp.float32) * c, 0.0
@@ -253,6 +242,10 @@ def _dkv_kernel(
         acc = plgpu.WGMMAAccumulatorRef(k.shape, jnp.float32)
         dk, dv = pl.run_scoped(accumulate, acc, acc)
         k[...] = (dk * spec.scale).astype(dtype)
+        if spec.is_noisy:
+            # The factors once more: kept, they would take registers from the loop.
+            c = tiles.spread(plgpu.load(c_smem.at[wg], layout=tiles.LINE[0]), v.shape, 0)
+            dv = _through_clip(dv, plgpu.load(v, layout=tiles.TILE), c, spec.value_clip)
         v[...] = dv.astype(dtype)
         plgpu.commit_smem()
         plgpu.barrier_arrive(done)
@@ -264,15 +257,18 @@ def _dkv_kernel(
         for i in range(wgs):
             plgpu.copy_gmem_to_smem(k_ref.at[own[i]], k_smem.at[i], own_bar.at[i])
             plgpu.copy_gmem_to_smem(v_ref.at[own[i]], v_smem.at[i], own_bar.at[i])
+            if spec.is_noisy:
+                source = key_ref.at[batch, kv_head, 0, own[i][1]]
+                plgpu.copy_gmem_to_smem(source, c_smem.at[i], own_bar.at[i])
 
         def load(tile: jax.Array, group: jax.Array, slot: jax.Array) -> None:
             head = kv_head * groups + group
             cut = pl.ds(tile * rows, rows)
-            _fetch(q_ref.at[batch, cut, head], q_smem.at[slot], q_bar.at[slot], blocks)
+            plgpu.copy_gmem_to_smem(q_ref.at[batch, cut, head], q_smem.at[slot], q_bar.at[slot])
             plgpu.copy_gmem_to_smem(
                 row_ref.at[batch, head, :, cut], row_smem.at[slot], q_bar.at[slot]
             )
-            _fetch(do_ref.at[batch, cut, head], do_smem.at[slot], do_bar.at[slot], blocks)
+            plgpu.copy_gmem_to_smem(do_ref.at[batch, cut, head], do_smem.at[slot], do_bar.at[slot])
 
         tiles.stream(plan, groups, stages, load, free)
         plgpu.barrier_wait(done)
@@ -282,13 +278,24 @@ def _dkv_kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _position(grid: tuple[int, int, int], cluster: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _through_clip(
+    d_clipped: jax.Array, clipped: jax.Array, scale: jax.Array, bound: float
+) -> jax.Array:
+    """``common.through_clip`` for one tile of clipped rows."""
+    v = clipped.astype(jnp.float32)
+    along = jnp.sum(v * d_clipped, axis=1) * (1.0 / bound**2)
+    turned = v * tiles.spread(along, (_ROWS, v.shape[1]), 0)
+    turned = jnp.where(scale < 1.0, turned, 0.0)
+    # A row that is not finite has the factor 0, and finite sums.
+    return scale * (d_clipped - turned)
+
+
+def _position(grid: tuple[int, int, int]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Tile, head and batch element of this block; tiles of one head run side by side (L2)."""
     block = lax.axis_index("block")
-    per_head = grid[0] // cluster
-    rest = lax.div(block, jnp.int32(per_head))
+    rest = lax.div(block, jnp.int32(grid[0]))
     return (
-        lax.rem(block, jnp.int32(per_head)) * cluster + lax.axis_index("pair"),
+        lax.rem(block, jnp.int32(grid[0])),
         lax.rem(rest, jnp.int32(grid[1])),
         lax.div(rest, jnp.int32(grid[1])),
     )
@@ -372,7 +379,7 @@ def backward(
         interpret: not possible here: the interpreter has no products from registers.
 
     Returns:
-        dq, dk and dv̄ (the gradient with respect to c·v), in the operands' dtype.
+        dq, dk and dv, in the operands' dtype; dv from dv̄ as in ``common.through_clip``.
 
     Raises:
         ValueError: ``interpret`` is set.
@@ -392,23 +399,26 @@ def backward(
 def _dq(spec: AttentionSpec, blocks: Blocks, *operands: jax.Array) -> jax.Array:
     query, key = operands[:2]
     batch, num_rows, num_heads, _ = query.shape
-    grid = (pl.cdiv(num_rows, blocks.own) * blocks.cluster, num_heads, batch)
+    grid = (pl.cdiv(num_rows, blocks.own), num_heads, batch)
     body = functools.partial(_dq_kernel, spec, blocks, grid, num_heads // key.shape[2])
     out = jax.ShapeDtypeStruct(query.shape, query.dtype)
     slots = (blocks.dq_stages, blocks.dq_keys, 2)
-    return _launch(body, "attention_backward_query", grid, blocks, slots, [out], operands)[0]
+    return _launch(body, "attention_backward_query", grid, blocks, slots, 2, [out], operands)[0]
 
 
 def _dkv(spec: AttentionSpec, blocks: Blocks, *operands: jax.Array) -> list[jax.Array]:
     query, key = operands[:2]
     batch, num_keys, kv_heads, _ = key.shape
-    grid = (pl.cdiv(num_keys, blocks.own) * blocks.cluster, kv_heads, batch)
+    grid = (pl.cdiv(num_keys, blocks.own), kv_heads, batch)
     body = functools.partial(
         _dkv_kernel, spec, blocks, grid, query.shape[2] // kv_heads, query.shape[1]
     )
     out = jax.ShapeDtypeStruct(key.shape, key.dtype)
     slots = (blocks.dkv_stages, blocks.dkv_rows, 3)
-    return _launch(body, "attention_backward_key_value", grid, blocks, slots, [out] * 2, operands)
+    # Keys, values, and factors of these.
+    arrivals = 3 if spec.is_noisy else 2
+    name = "attention_backward_key_value"
+    return _launch(body, name, grid, blocks, slots, arrivals, [out] * 2, operands)
 
 
 def _launch(
@@ -417,10 +427,15 @@ def _launch(
     grid: tuple[int, int, int],
     blocks: Blocks,
     slots: tuple[int, int, int],
+    arrivals: int,
     out: list[jax.ShapeDtypeStruct],
     operands: tuple[jax.Array, ...],
 ) -> list[jax.Array]:
-    """Runs a kernel; ``slots``: how many, how many rows each, how many lines come along."""
+    """Runs a kernel.
+
+    ``slots``: how many, how many rows each, how many lines come along. ``arrivals``: how many
+    copies bring what belongs to a warpgroup.
+    """
     wgs, head_dim, (stages, rows, lines) = blocks.warpgroups, out[0].shape[-1], slots
 
     def ring(count: int, rows: int) -> Any:
@@ -428,13 +443,6 @@ def _launch(
         tiling: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
         return plgpu.SMEM((count, rows, head_dim), out[0].dtype, transforms=tiling)
 
-    free: Any
-    if blocks.cluster == 1:
-        free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
-    else:
-        free = plgpu.ClusterBarrier(
-            collective_axes=("pair",), num_arrivals=wgs, num_barriers=stages
-        )
     return plgpu.kernel(
         body,
         out_type=out,
@@ -444,16 +452,15 @@ def _launch(
             ring(stages, rows),
             ring(stages, rows),
             plgpu.SMEM((stages, lines, rows), jnp.float32),
-            plgpu.Barrier(num_arrivals=2, num_barriers=wgs),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=wgs),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
-            free,
+            plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
             plgpu.Barrier(num_arrivals=wgs),
+            plgpu.SMEM((wgs, _ROWS), jnp.float32),
         ],
-        grid=(math.prod(grid) // blocks.cluster,),
+        grid=(math.prod(grid),),
         grid_names=("block",),
-        cluster=(blocks.cluster,),
-        cluster_names=("pair",),
         num_threads=wgs + 1,
         thread_name="wg",
         kernel_name=name,

@@ -44,7 +44,10 @@ from pallas_kernels.attention.mosaic_tpu_tiling import (
 )
 from pallas_kernels.attention.spec import AttentionSpec
 
-__all__ = ["Blocks", "backward", "forward", "unsupported"]
+__all__ = ["Blocks", "backward", "forward", "row_dots", "unsupported", "value_scale"]
+
+row_dots = common.row_dots
+value_scale = common.value_scale
 
 
 def unsupported(spec: AttentionSpec, query: Any, key: Any, *, has_mask: bool) -> str | None:
@@ -64,7 +67,7 @@ def forward(
     key: Float[Array, "b s k h"],
     value: Float[Array, "b s k h"],
     value_scale: Float32[Array, "b k s"] | None,
-    noise: UInt32[Array, "b 19"] | None,
+    noise: UInt32[Array, "b 11"] | None,
     lengths: Int32[Array, "b"],
     spec: AttentionSpec,
     *,
@@ -76,8 +79,8 @@ def forward(
     batch, num_rows, heads, depth = query.shape
     num_keys, groups = key.shape[1], heads // key.shape[2]
     tiling = Tiling.make(spec, num_rows, num_keys, blocks or Blocks())
-    if noise is None:
-        noise = jnp.zeros((batch, 1), jnp.uint32)  # not read
+    # Without noise, words that nobody reads.
+    words = jnp.zeros((batch, 1), jnp.uint32) if noise is None else common.with_child_keys(noise)
     q = by_head(query, tiling.query)
     k = by_head(key, tiling.key)
     v = by_head(clipped(value, value_scale), tiling.key)
@@ -95,7 +98,9 @@ def forward(
     rows = pl.BlockSpec((1, 1, tiling.query, depth), row_block)
     keys = pl.BlockSpec((1, 1, tiling.key, depth), key_block)
     # One batch element's words at a time: scalar memory is small, and B need not be.
-    words = pl.BlockSpec((1, 1, noise.shape[1]), lambda b, *_: (b, 0, 0), memory_space=pltpu.SMEM)
+    word_spec = pl.BlockSpec(
+        (1, 1, words.shape[1]), lambda b, *_: (b, 0, 0), memory_space=pltpu.SMEM
+    )
     out_shape = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((batch, heads, 1, q.shape[2]), jnp.float32),
@@ -112,7 +117,7 @@ def forward(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, heads, tiling.query_blocks, tiling.key_steps()),
-            in_specs=[rows, keys, keys, words],
+            in_specs=[rows, keys, keys, word_spec],
             out_specs=out_specs,
             scratch_shapes=[
                 pltpu.VMEM((tiling.query, depth), sums),
@@ -132,7 +137,7 @@ def forward(
         ),
         interpret=interpret,
         name=f"attention_{spec.mode}_forward",
-    )(lengths, q, k, v, noise[:, None])
+    )(lengths, q, k, v, words[:, None])
     stat = results[1][:, :, 0, :num_rows]
     out, *clean = (jnp.swapaxes(x, 1, 2)[:, :num_rows] for x in (results[0], *results[2:]))
     return out, stat, clean[0] if clean else None
@@ -223,7 +228,7 @@ class Place:
     """Where the noise of a block of rows lies in the streams of its batch element.
 
     Attributes:
-        words: the nineteen words of ``noise``, uint32 scalars.
+        words: those of :func:`common.with_child_keys`, uint32 scalars.
         row: number of the first row.
         head: number of the query head.
         rounds: of ChaCha.

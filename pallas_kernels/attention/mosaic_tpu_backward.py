@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.attention import tile
+from pallas_kernels.attention import common, tile
 from pallas_kernels.attention.fused import NOTHING_SEEN
 from pallas_kernels.attention.mosaic_tpu_tiling import (
     Blocks,
@@ -62,7 +62,10 @@ def backward(
     dk, dv = _key_gradients(operands, tiling, interpret)
     dq = _query_gradient(operands, tiling, interpret)
     dq, dk, dv = (jnp.swapaxes(x, 1, 2) for x in (dq, dk, dv))
-    return dq[:, :num_rows], dk[:, :num_keys], dv[:, :num_keys]
+    dq, dk, dv = dq[:, :num_rows], dk[:, :num_keys], dv[:, :num_keys]
+    if value_scale is not None:
+        dv = common.through_clip(dv, value, value_scale, spec.value_clip)
+    return dq, dk, dv
 
 
 def _logit_gradient(

@@ -30,6 +30,8 @@ from pallas_kernels.attention.fused import NOTHING_SEEN
 from pallas_kernels.attention.spec import AttentionSpec
 
 backward = triton_backward.backward
+row_dots = common.row_dots
+value_scale = common.value_scale
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -87,7 +89,7 @@ def forward(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     value_scale: Float32[Array, "B K S"] | None,
-    noise: UInt32[Array, "B 19"] | None,
+    noise: UInt32[Array, "B 11"] | None,
     lengths: Int32[Array, "B"],
     spec: AttentionSpec,
     *,
@@ -129,8 +131,40 @@ def forward(
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name=f"attention_{spec.mode}",
-    )(query, key, value, value_scale, noise, lengths)
+    )(
+        query, key, value, value_scale,
+        None if noise is None else _with_child_keys(noise, interpret),
+        lengths,
+    )  # fmt: skip
     return result
+
+
+def _with_child_keys(noise: jax.Array, interpret: bool) -> jax.Array:
+    """:func:`common.with_child_keys` in one launch: XLA makes some twenty of the loop."""
+    if interpret:
+        return common.with_child_keys(noise)
+
+    def kernel(noise_ref: Any, out_ref: Any) -> None:
+        parent = [noise_ref[i] for i in range(8)]
+        zero = jnp.uint32(0)
+        for n, purpose in enumerate((common.NUMERATOR, common.DENOMINATOR)):
+            words = prng.random_block(parent, (zero, zero, zero, jnp.uint32(purpose)))
+            for i in range(8):
+                out_ref[8 * n + i] = words[i]
+        for i in range(3):
+            out_ref[16 + i] = noise_ref[8 + i]
+
+    batch = noise.shape[0]
+    out: jax.Array = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((batch, 19), jnp.uint32),
+        grid=(batch,),
+        in_specs=[pl.BlockSpec((None, 11), lambda b: (b, 0))],
+        out_specs=pl.BlockSpec((None, 19), lambda b: (b, 0)),
+        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        name="attention_child_keys",
+    )(noise)
+    return out
 
 
 def _kernel(

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.attention import tile, triton_tile
+from pallas_kernels.attention import common, tile, triton_tile
 from pallas_kernels.attention.fused import NOTHING_SEEN
 from pallas_kernels.attention.spec import AttentionSpec
 
@@ -80,7 +80,7 @@ def backward(
     blocks: BackwardBlocks | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients for query, key and the clipped value.
+    """Gradients for query, key and value.
 
     See :class:`pallas_kernels.attention.fused.Backend` for the arguments.
     """
@@ -135,6 +135,8 @@ def backward(
         interpret=interpret,
         name=f"attention_{spec.mode}_dkv",
     )(*operands)
+    if value_scale is not None:
+        dv = common.through_clip(dv, value, value_scale, spec.value_clip)
     return dq, dk, dv
 
 

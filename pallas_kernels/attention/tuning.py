@@ -83,7 +83,7 @@ def _grid(**choices: tuple[int, ...]) -> Group:
     )
 
 
-_MOSAIC_GPU = _grid(keys=(64, 128), stages=(2, 3, 4), warpgroups=(1, 2))
+_MOSAIC_GPU = _grid(keys=(64, 128), stages=(2, 3, 4), warpgroups=(1, 2, 3))
 _MOSAIC_GPU_DQ = _grid(dq_keys=(64, 128), dq_stages=(2, 3), warpgroups=(1, 2))
 _MOSAIC_GPU_DKV = _grid(dkv_rows=(64, 128), dkv_stages=(2, 3))
 _TILES = (32, 64, 128)

@@ -110,26 +110,55 @@ def test_budget_leaves_the_rest_recorded(few, monkeypatch, tmp_path):
     assert set(entries_of(result["cells"][0])) == names
 
 
-def test_quick_keeps_peers_and_what_the_targets_name(monkeypatch):
+def test_only_targets_keeps_peers_and_what_the_targets_name(monkeypatch):
     seen = []
 
-    def fake(shape, direction, versions, plan):
+    def fake(shape, direction, versions):
         seen.append({v.name for v in versions})
-        return attention._left_out(shape, direction, versions, "fake")
+        return attention.Cell(shape, direction, (), {}, {})
 
-    monkeypatch.setattr(attention, "measure_cell", fake)
-    attention.run(shapes="small", quick=True, progress=lambda _: None)
+    monkeypatch.setattr(attention, "prepare_cell", fake)
+    attention.run(shapes="small", only_targets=True, progress=lambda _: None)
     assert {v.name for v in peers.VERSIONS} | {ours.EXACT, ours.CHACHA8} <= seen[0]
     assert not any("xla" in name or "triton" in name for name in seen[0] if "dpfa" in name)
+
+
+def test_processes_that_compile_together_measure_in_order(tmp_path):
+    """In processes of their own, which know nothing of what a test replaced."""
+    path = tmp_path / "x.json"
+    lines = []
+    plan = Plan(samples=3, sample_seconds=1e-4)
+    result = attention.run(
+        shapes="small", only_targets=True, jobs=2, plan=plan, json_path=path, progress=lines.append
+    )
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    assert [line.split("] ")[1] for line in lines] == [
+        f"{shape}, {direction}"
+        for direction in ("forward", "forward+backward")
+        for shape in attention.SMALL
+    ]
+    for cell in result["cells"]:
+        entries = entries_of(cell)
+        assert len(entries[ours.CHACHA8]["samples_ms"]) == 3
+
+
+def test_a_process_that_dies_ends_the_bench(monkeypatch):
+    monkeypatch.setattr(attention, "_worker", _die)
+    with pytest.raises(BenchError, match="a process of the bench died"):
+        attention.run(shapes="small", jobs=2, progress=lambda _: None)
+
+
+def _die(*_):
+    raise SystemExit(3)
 
 
 def test_full_shapes_need_an_accelerator(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     with pytest.raises(BenchError, match="--shapes small"):
-        attention.choose_shapes("all", quick=False)
+        attention.choose_shapes("all")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert attention.choose_shapes("all", quick=True) == STANDARD
-    assert len(attention.choose_shapes("all", quick=False)) == 12
+    assert attention.choose_shapes("standard") == STANDARD
+    assert len(attention.choose_shapes("all")) == 12
 
 
 def test_command_line(few, tmp_path, monkeypatch, capsys):
@@ -144,11 +173,14 @@ def test_command_line(few, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(attention, "run", fake)
     path = tmp_path / "a b.json"
-    assert cli.main(["bench", "attention", "--quick", "--budget", "9", "--json", str(path)]) == 0
-    assert given["quick"] is True
+    assert (
+        cli.main(["bench", "attention", "--only-targets", "--budget", "9", "--json", str(path)])
+        == 0
+    )
+    assert given["only_targets"] is True
     assert given["budget"] == 9.0
     assert given["json_path"] == path
-    assert given["command"] == f"dpfa bench attention --quick --budget 9 --json '{path}'"
+    assert given["command"] == f"dpfa bench attention --only-targets --budget 9 --json '{path}'"
     assert str(path) in capsys.readouterr().out.replace("\n", "")
 
 

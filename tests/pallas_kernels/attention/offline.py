@@ -101,16 +101,15 @@ def read_report(text):
 def compile_for(card, fn, *shapes, allow_spills=True):
     """``fn`` compiled for ``card`` ('a100', 'h100', 'rtx4090') and arguments of these shapes.
 
-    Each argument is a ``jax.ShapeDtypeStruct`` or None. Unless ``allow_spills``, a Triton
+    Each argument is a tree of ``jax.ShapeDtypeStruct``. Unless ``allow_spills``, a Triton
     kernel that runs out of registers is an error.
     """
     options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": not allow_spills}
     device = _topology(card).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
-    arguments = [
-        None if s is None else jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
-        for s in shapes
-    ]
+    arguments = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
+    )
     kind = AbstractDevice(device_kind=_CARDS[card]["name"], num_cores=None, platform="gpu")
     mesh = AbstractMesh((), (), abstract_device=kind)
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():

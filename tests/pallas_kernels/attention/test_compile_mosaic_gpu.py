@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.attention import AttentionSpec, attention, mosaic_gpu
+from pallas_kernels.attention import (
+    AttentionSpec,
+    attention,
+    mosaic_gpu,
+    mosaic_gpu_forward,
+    mosaic_gpu_rows,
+)
 
 RECORD = {
     "value_clip": 1.0,
@@ -58,7 +64,16 @@ CASES = {
 
 # Bytes that a thread spills; none elsewhere. The one compute warpgroup of a wide head holds
 # 128 registers of sums, 32 of logits and as many of weights, and the masks need the rest.
-SPILLS = {"record, D=256, causal, GQA": 24}
+SPILLS = {"record, D=256": 16, "record, D=256, causal, GQA": 24}
+
+
+def factor_shapes(value):
+    return jax.eval_shape(lambda v: mosaic_gpu_rows.value_factors(v, 1.0), padded(value))
+
+
+def padded(x):
+    batch, rows, heads, depth = x.shape
+    return jax.ShapeDtypeStruct((batch, -(-rows // 8) * 8, heads, depth), x.dtype)
 
 
 def make_case(name):
@@ -68,12 +83,12 @@ def make_case(name):
     struct = jax.ShapeDtypeStruct
     query = struct((batch, num_rows, heads, depth), dtype)
     key = struct((batch, num_keys, kv_heads, depth), dtype)
-    scale = struct((batch, kv_heads, num_keys), jnp.float32) if spec.is_noisy else None
-    noise = struct((batch, 19), jnp.uint32) if spec.is_noisy else None
+    factors = factor_shapes(key) if spec.is_noisy else None
+    noise = struct((batch, 11), jnp.uint32) if spec.is_noisy else None
     lengths = struct((batch,), jnp.int32)
     return (
         lambda *operands: mosaic_gpu.forward(*operands, spec),
-        (query, key, key, scale, noise, lengths),
+        (query, key, key, factors, noise, lengths),
     )
 
 
@@ -131,18 +146,18 @@ def test_warpgroups_take_no_more_registers_than_there_are(name):
     assert all(n <= start for n in after if n != compute)
 
 
-@pytest.mark.parametrize(("warpgroups", "noisy"), mosaic_gpu._COMPUTE_REGISTERS)
+@pytest.mark.parametrize(("warpgroups", "noisy"), mosaic_gpu_forward.COMPUTE_REGISTERS)
 def test_every_line_of_the_register_table_fits(warpgroups, noisy):
     mode = "record" if noisy else "exact"
     spec = AttentionSpec(mode=mode, scale=0.1, **NUMBERS[mode])
     struct = jax.ShapeDtypeStruct
     x = struct((1, 256, 2, 128), jnp.bfloat16)
-    scale = struct((1, 2, 256), jnp.float32) if noisy else None
-    noise = struct((1, 19), jnp.uint32) if noisy else None
+    factors = factor_shapes(x) if noisy else None
+    noise = struct((1, 11), jnp.uint32) if noisy else None
     blocks = mosaic_gpu.Blocks(warpgroups=warpgroups)
     after = registers_taken(
         lambda *operands: mosaic_gpu.forward(*operands, spec, blocks=blocks),
-        (x, x, x, scale, noise, struct((1,), jnp.int32)),
+        (x, x, x, factors, noise, struct((1,), jnp.int32)),
     )
     assert len(after) == warpgroups + 1 + noisy
     assert sum(after) <= 65536 // 128

@@ -97,7 +97,7 @@ def compile_for(chip, case, direction, blocks=None):
     keys = array((batch, num_keys, kv_heads, depth), dtype)
     lengths = array((batch,), jnp.int32)
     scale = array((batch, kv_heads, num_keys), jnp.float32) if spec.is_noisy else None
-    noise = array((batch, 19), jnp.uint32) if spec.is_noisy else None
+    noise = array((batch, 11), jnp.uint32) if spec.is_noisy else None
     statistic = array((batch, heads, num_rows), jnp.float32)
     if direction == "forward":
         kernel, operands = mosaic_tpu.forward, (rows, keys, keys, scale, noise, lengths)

@@ -42,7 +42,7 @@ def shapes_of(shape, dtype, mode):
     query = struct((batch, num_rows, heads, depth), dtype)
     key = struct((batch, num_keys, kv_heads, depth), dtype)
     scale = struct((batch, kv_heads, num_keys), jnp.float32)
-    noise = struct((batch, 19), jnp.uint32)
+    noise = struct((batch, 11), jnp.uint32)
     lengths = struct((batch,), jnp.int32)
     stat = struct((batch, heads, num_rows), jnp.float32)
     if mode == "exact":

@@ -4,6 +4,7 @@ Nothing but the definition itself is trusted here: the other back ends are compa
 the float64 oracle, and the definition with it in test_implementations.py.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import AttentionSpec, attention
+from pallas_kernels.attention import AttentionSpec, attention, fused, mosaic_gpu
 
 WORDS = jnp.arange(1, 9, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
 MODES = ("record", "sequence", "exact")
@@ -30,7 +31,24 @@ def make_spec(mode, depth, **options):
         },
         "sequence": {"value_clip": 0.9 * depth**0.5, "numerator_std": 0.7},
     }
-    return AttentionSpec(mode=mode, scale=depth**-0.5, **{**noisy[mode], **options})
+    return AttentionSpec(mode=mode, **{"scale": depth**-0.5, **noisy[mode], **options})
+
+
+def with_a_clear_bound(spec, q, k):
+    """``spec`` with a bound near its own that no logit comes close to.
+
+    The gradient stops at the bound: whether a logit that lies on it up to rounding passes
+    one, two correct implementations need not agree.
+    """
+    groups = q.shape[-2] // k.shape[-2]
+    q, k = (np.asarray(x, np.float64) for x in (q, k))
+    k = np.repeat(k, groups, axis=-2)
+    logits = np.sort(spec.scale * np.einsum("...tnh,...snh->...nts", q, k), axis=None)
+    near = logits[np.abs(logits - spec.logit_bound) < 0.02]
+    near = np.array([spec.logit_bound - 0.02, *near, spec.logit_bound + 0.02])
+    widest = np.argmax(np.diff(near))
+    assert near[widest + 1] - near[widest] > 5e-6
+    return dataclasses.replace(spec, logit_bound=float(near[widest : widest + 2].mean()))
 
 
 def shapes_of(shape, dtype="bfloat16"):
@@ -71,6 +89,8 @@ def distance(got, expected):
 
 def compare(inputs, spec, lengths=None, **options):
     lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+    if spec.mode == "record" and spec.bound_logits:
+        spec = with_a_clear_bound(spec, *inputs[:2])
     ours, definition = (
         run_with_gradients(*inputs, lengths, spec=spec, implementation=name, **options)
         for name in ("mosaic_gpu", "reference")
@@ -116,6 +136,33 @@ class TestOnHopper:
     def test_float16(self, mode, name):
         shape, options, lengths = FEATURES[name]
         compare(make_inputs(shape, "float16", 1), make_spec(mode, shape[-1], **options), lengths)
+
+    @pytest.mark.parametrize(
+        ("depth", "blocks"),
+        [
+            (64, {"keys": 64, "warpgroups": 3, "stages": 4}),
+            (64, {"keys": 128, "stages": 3}),
+            (128, {"keys": 64, "stages": 3}),
+            (128, {"keys": 128, "warpgroups": 1}),
+        ],
+    )
+    @pytest.mark.parametrize("mode", MODES)
+    def test_block_sizes(self, mode, depth, blocks):
+        """More jobs than there are multiprocessors, so that blocks do several."""
+        q, k, v, _ = make_inputs((2, 1300, 1500, 16, 4, depth))
+        spec = make_spec(mode, depth, is_causal=True)
+        lengths = jnp.array([1500, 77], jnp.int32)
+        ours = jax.jit(
+            functools.partial(
+                fused.attention, mosaic_gpu, spec=spec,
+                noise=fused.pack_noise(WORDS, jnp.arange(2, dtype=jnp.uint32)) if spec.is_noisy
+                else None,
+                lengths=lengths, blocks=(mosaic_gpu.Blocks(**blocks), None),
+            )
+        )(q, k, v)  # fmt: skip
+        call = jax.jit(run, static_argnames=("spec", "implementation"))
+        definition = call(q, k, v, spec=spec, implementation="reference", lengths=lengths)
+        assert distance(ours, definition) < 1e-2
 
     def test_little_noise_and_a_bound_that_holds(self):
         """Fine units of the fixed point; queries and keys whose logits need no ``min``."""

@@ -20,14 +20,15 @@ class Clip:
     """How norms become factors.
 
     Attributes:
-        l2_clip_norm: C, the bound on one example's whole contribution.
+        l2_clip_norm: C, the bound on one example's whole contribution; a float32 scalar in
+            ``verify`` only.
         groups: of each leaf, its group's number. k groups are clipped by themselves, each
             to C/√k.
         automatic: γ of automatic clipping, factor (C/√k)/(‖g‖ + γ); None clips.
         margin: how much below its bound a clipped gradient is aimed.
     """
 
-    l2_clip_norm: float
+    l2_clip_norm: float | jax.Array
     groups: tuple[int, ...]
     automatic: float | None = None
     margin: float = MARGIN
@@ -55,7 +56,9 @@ class Clip:
             keep = keep & jnp.isfinite(norm)
         if is_padding_example is not None:
             keep = keep & ~is_padding_example
-        target = jnp.float32(self.l2_clip_norm / math.sqrt(count) * (1.0 - self.margin))
+        target = jnp.asarray(
+            self.l2_clip_norm * ((1.0 - self.margin) / math.sqrt(count)), jnp.float32
+        )
 
         def factor(norm: jax.Array) -> jax.Array:
             if self.automatic is None:

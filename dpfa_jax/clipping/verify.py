@@ -34,14 +34,16 @@ def check_against_single_calls(
     def loss(leaves: list[Any], example: list[Any]) -> Any:
         return split.loss(*leaves, *example)[0]
 
+    def clipped(padding: jax.Array, bound: jax.Array) -> list[jax.Array]:
+        return run(batch, padding, dataclasses.replace(clip, l2_clip_norm=bound))[0]
+
+    single, clipped = jax.jit(jax.grad(loss)), jax.jit(clipped)
     for i in range(few):
-        alone = jax.grad(loss)(list(split.leaves), [x[i] for x in batch])
-        rows = [g[None] for g in alone]
+        rows = [g[None] for g in single(list(split.leaves), [x[i] for x in batch])]
         norm = float(per_example_norms(rows)[0])
-        bound = norm / 2 if np.isfinite(norm) and norm > 2e-9 else clip.l2_clip_norm
-        one = dataclasses.replace(clip, l2_clip_norm=min(bound, 1e9))
-        expected = clip_and_sum(rows, one, None)
-        actual, _ = run(batch, jnp.arange(few) != i, one)
+        bound = min(norm / 2, 1e9) if np.isfinite(norm) and norm > 2e-9 else clip.l2_clip_norm
+        expected = clip_and_sum(rows, dataclasses.replace(clip, l2_clip_norm=bound), None)
+        actual = clipped(jnp.arange(few) != i, jnp.float32(bound))
         largest = max(float(jnp.max(jnp.abs(x), initial=0.0)) for x in expected)
         for x, y in zip(expected, actual, strict=True):
             if not np.allclose(x, y, rtol=0, atol=tolerance * max(largest, 1e-30)):

@@ -1,7 +1,6 @@
 """The decoder that ``dpfa bench clipping`` trains: GPT-2's layout, in plain JAX."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -42,6 +41,21 @@ class DecoderShape:
 
     def __str__(self) -> str:
         return f"{self.name}: B={self.batch}, T={self.length}, d={self.width}, {self.layers} layers"
+
+
+# What the targets are about, the CPU's shape, and one for tests.
+GPT2_256 = DecoderShape("GPT-2 small", 64, 256, 768, 12, 12)
+GPT2_1024 = DecoderShape("GPT-2 small", 16, 1024, 768, 12, 12)
+LARGE = DecoderShape("1.3 B", 4, 1024, 2048, 24, 16, accumulate=4, remat=True)
+LORA = DecoderShape("GPT-2 small, LoRA", 16, 1024, 768, 12, 12, lora_rank=16)
+CPU = DecoderShape("CPU", 16, 64, 768, 4, 12, dtype="float32")
+SMALL = DecoderShape("small", 4, 8, 16, 2, 2, vocabulary=32, dtype="float32", accumulate=2)
+SMALL_LORA = DecoderShape("small LoRA", 4, 8, 16, 1, 2, vocabulary=32, lora_rank=2)
+SHAPES = {
+    "all": (GPT2_256, GPT2_1024, LORA, LARGE),
+    "cpu": (CPU,),
+    "small": (SMALL, SMALL_LORA),
+}
 
 
 def init(shape: DecoderShape, key: Key[Array, ""]) -> PyTree:
@@ -103,7 +117,8 @@ def loss(
         more = dict.fromkeys(("qkv", "out", "up", "down")) if extra is None else extra
         heads = dense(p["qkv"], more["qkv"], norm(p["norm_1"], x))
         q, k, v = jnp.split(heads.reshape(len(x), 3 * shape.heads, -1), 3, axis=1)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        with jax.numpy_dtype_promotion("standard"):  # JAX's own function needs it
+            y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         x = x + dense(p["out"], more["out"], y.reshape(x.shape))
         y = jax.nn.gelu(dense(p["up"], more["up"], norm(p["norm_2"], x)))
         return x + dense(p["down"], more["down"], y)
@@ -117,17 +132,3 @@ def loss(
     logits = (norm(base["norm"], x) @ base["tokens"].T.astype(dtype)).astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - picked)
-
-
-def flops(shape: DecoderShape) -> float:
-    """Of a gradient of one physical batch: 6 for each weight of a product and token."""
-    weights = 12 * shape.layers * shape.width**2 + shape.vocabulary * shape.width
-    attention = 2 * shape.layers * shape.length * shape.width
-    share = 6 if shape.lora_rank is None else 4
-    return float(shape.batch * shape.length * share * (weights + attention))
-
-
-def parameters(shape: DecoderShape) -> int:
-    """How many, LoRA's not counted."""
-    sizes = jax.eval_shape(lambda: init(shape, jax.random.key(0)))["base"]
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(sizes))

@@ -134,7 +134,8 @@ def _explain(shape: DecoderShape) -> str:
         microbatch_size=shape.batch,
     )
     tokens = jax.ShapeDtypeStruct((shape.batch, shape.length + 1), jax.numpy.int32)
-    return str(grad.explain(trainable, tokens))
+    with jax.numpy_dtype_promotion("standard"):
+        return str(grad.explain(trainable, tokens))
 
 
 def judge(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

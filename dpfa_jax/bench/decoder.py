@@ -98,7 +98,10 @@ def init(shape: DecoderShape, key: Key[Array, ""]) -> PyTree:
 def loss(
     shape: DecoderShape, base: PyTree, lora: PyTree, tokens: Int32[Array, "t1"]
 ) -> Float[Array, ""]:
-    """Mean cross-entropy of one example's next tokens, float32."""
+    """Mean cross-entropy of one example's next tokens, float32.
+
+    JAX's own attention needs its standard dtype promotion.
+    """
     dtype = jnp.dtype(shape.dtype)
 
     def norm(p: PyTree, x: jax.Array) -> jax.Array:
@@ -117,8 +120,7 @@ def loss(
         more = dict.fromkeys(("qkv", "out", "up", "down")) if extra is None else extra
         heads = dense(p["qkv"], more["qkv"], norm(p["norm_1"], x))
         q, k, v = jnp.split(heads.reshape(len(x), 3 * shape.heads, -1), 3, axis=1)
-        with jax.numpy_dtype_promotion("standard"):  # JAX's own function needs it
-            y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         x = x + dense(p["out"], more["out"], y.reshape(x.shape))
         y = jax.nn.gelu(dense(p["up"], more["up"], norm(p["norm_2"], x)))
         return x + dense(p["down"], more["down"], y)

@@ -187,8 +187,7 @@ def make_step(version: Version, shape: DecoderShape) -> Step:
                 total = _threefry(total, noise_state.step)
                 noise_state = noise_state._replace(step=noise_state.step + jnp.uint32(1))
             mean = jax.tree.map(lambda x: x / examples, total)
-        with jax.numpy_dtype_promotion("standard"):  # Optax's own function needs it
-            updates, adam_state = adam.update(mean, state["adam"], trainable)
+        updates, adam_state = adam.update(mean, state["adam"], trainable)
         return {
             "trainable": optax.apply_updates(trainable, updates),
             "frozen": state["frozen"],
@@ -196,7 +195,8 @@ def make_step(version: Version, shape: DecoderShape) -> Step:
             "noise": noise_state,
         }
 
-    return step
+    # Functions of JAX and Optax that are used here need it.
+    return jax.numpy_dtype_promotion("standard")(step)
 
 
 def _threefry(total: PyTree, step: jax.Array) -> PyTree:

@@ -1,11 +1,10 @@
 """Which engine ``auto`` takes, and a table that says what is done with each leaf and why."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 
-from dpfa_jax.clipping.plan import FLOAT32, LeafPlan, Plan
+from dpfa_jax.clipping.plan import LeafPlan, Plan
 
 # Book-keeping may hold this share of the device's memory before `auto` prefers two passes.
 _MEMORY_SHARE = 0.5
@@ -78,8 +77,3 @@ def device_memory() -> int | None:
     """Bytes that JAX may use on the default device; None where it does not say."""
     stats = jax.devices()[0].memory_stats()
     return None if not stats else stats.get("bytes_limit")
-
-
-def gradient_bytes(shapes: Sequence[jax.ShapeDtypeStruct]) -> int:
-    """Bytes of one float32 gradient."""
-    return FLOAT32 * sum(s.size for s in shapes)

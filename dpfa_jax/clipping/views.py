@@ -7,7 +7,6 @@ changes none, so both have the same norm.
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -131,8 +130,3 @@ def disjoint(first: tuple[Step, ...], second: tuple[Step, ...]) -> bool:
             for p, q, r, s in zip(a.limit, b.limit, a.start, b.start, strict=True)
         )
     return False
-
-
-def size(shape: tuple[int, ...]) -> int:
-    """Number of entries."""
-    return math.prod(shape)

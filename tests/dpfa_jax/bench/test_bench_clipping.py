@@ -20,6 +20,8 @@ SHAPE = dataclasses.replace(decoder.SMALL, layers=1, batch=2)
 
 def test_whole_run(tmp_path, monkeypatch):
     monkeypatch.setitem(decoder.SHAPES, "small", (SHAPE,))
+    few = (steps.NON_PRIVATE, steps.OURS, "jax_privacy, whole batch", "optax vmap")
+    monkeypatch.setattr(steps, "VERSIONS", [v for v in steps.VERSIONS if v.name in few])
     path = tmp_path / "result.json"
     result = clipping.run(shapes="small", plan=QUICK, json_path=path, progress=lambda _: None)
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
@@ -42,12 +44,13 @@ def test_the_steps_of_all_engines_are_the_same_step(shape):
     tokens = steps.make_tokens(shape)
     after = {}
     for version in steps.VERSIONS:
-        if version.name.startswith("dpfa") and "per_layer" not in version.name:
+        if version.name in (steps.OURS_NO_NOISE, "dpfa two_pass", "dpfa vmap, microbatch of 1/4"):
             quiet = dataclasses.replace(version, noise="none")
-            state = jax.jit(steps.make_step(quiet, shape))(steps.make_state(shape), tokens)
+            with jax.numpy_dtype_promotion("standard"):  # JAX compiles its bfloat16 softmax so
+                state = jax.jit(steps.make_step(quiet, shape))(steps.make_state(shape), tokens)
             after[version.name] = state["adam"][0].mu
-    first = after.pop(steps.OURS)
-    assert after
+    first = after.pop(steps.OURS_NO_NOISE)
+    assert len(after) == 2
     for other in after.values():
         for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
             largest = float(jnp.max(jnp.abs(y)))

@@ -79,6 +79,9 @@ def _add_bench(commands: Any) -> None:
     clipping.add_argument(
         "--only", metavar="TEXT", help="only shapes whose name holds this, such as T=256 or LoRA"
     )
+    clipping.add_argument(
+        "--quick", action="store_true", help="only what the targets are about, and jax_privacy"
+    )
     clipping.add_argument("--batch", type=int, metavar="B", help="another physical batch")
     clipping.add_argument(
         "--json",
@@ -134,6 +137,7 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
             shapes=args.shapes,
             batch=args.batch,
             only=args.only,
+            quick=args.quick,
             budget=args.budget,
             json_path=args.json,
             command=shlex.join(["dpfa", *argv]),

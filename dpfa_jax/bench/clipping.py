@@ -183,6 +183,7 @@ def run(
     shapes: str = "all",
     batch: int | None = None,
     only: str | None = None,
+    quick: bool = False,
     budget: float = 420.0,
     plan: Plan | None = None,
     json_path: Path | None = None,
@@ -195,6 +196,7 @@ def run(
         shapes: ``'all'`` (an accelerator's), ``'cpu'`` or ``'small'`` (to see that it works).
         batch: another physical batch for every shape; its targets then do not apply.
         only: measure only shapes whose name holds this text.
+        quick: only the versions that the targets are about, and jax_privacy.
         budget: seconds after which no further shape is begun.
         plan: how many samples; None is the usual.
         json_path: written after every shape.
@@ -213,6 +215,7 @@ def run(
     if not chosen:
         names = ", ".join(str(s) for s in decoder.SHAPES[shapes])
         raise BenchError(f"--only {only!r}: none of the shapes holds this text: {names}.")
+    measured = [v for v in steps.VERSIONS if v.for_targets or not quick]
     versions = package_versions() | package_versions(_PACKAGES)
     result: dict[str, Any] = {
         "command": command,
@@ -227,11 +230,11 @@ def run(
         spent = time.monotonic() - start
         if spent > budget:
             why = f"not measured: the time budget of {budget:.0f} s was spent"
-            entries = [{"name": v.name, "error": why} for v in steps.VERSIONS]
+            entries = [{"name": v.name, "error": why} for v in measured]
             cell = {"shape": dataclasses.asdict(shape), "versions": entries, "explanation": ""}
         else:
             progress(f"[{spent:4.0f} s] {shape}")
-            cell = measure_shape(shape, steps.VERSIONS, plan)
+            cell = measure_shape(shape, measured, plan)
         result["cells"].append(cell)
         result["targets"] = judge(result["cells"])
         result["seconds"] = round(time.monotonic() - start, 1)

@@ -40,13 +40,13 @@ class Version:
         name: for tables.
         gradient: ``shape -> (trainable, frozen, tokens) -> sum`` over the examples.
         noise: ``'none'``, ``'dpfa'`` or ``'threefry'`` (``jax.random.normal``).
-        covers: whether the version is measured on a shape.
+        for_targets: whether a quick run measures it.
     """
 
     name: str
     gradient: Callable[[DecoderShape], Gradient]
     noise: str
-    covers: Callable[[DecoderShape], bool] = lambda shape: True
+    for_targets: bool = False
 
 
 def example_loss(shape: DecoderShape) -> Callable[..., jax.Array]:
@@ -130,14 +130,14 @@ def _whole(shape: DecoderShape) -> int | None:
 
 
 VERSIONS: tuple[Version, ...] = (
-    Version(NON_PRIVATE, _plain, "none"),
-    Version(OURS, _ours("auto", _whole), "dpfa"),
-    Version(OURS_NO_NOISE, _ours("auto", _whole), "none"),
+    Version(NON_PRIVATE, _plain, "none", True),
+    Version(OURS, _ours("auto", _whole), "dpfa", True),
+    Version(OURS_NO_NOISE, _ours("auto", _whole), "none", True),
     Version("dpfa two_pass", _ours("two_pass", _whole), "dpfa"),
     Version("dpfa per_layer", _ours("per_layer", _whole), "dpfa"),
     Version("dpfa vmap, microbatch of 1/4", _ours("vmap", lambda s: s.batch // 4 or 1), "dpfa"),
-    Version("jax_privacy, whole batch", _jax_privacy(1), "threefry"),
-    Version("jax_privacy, microbatch of 1/4", _jax_privacy(4), "threefry"),
+    Version("jax_privacy, whole batch", _jax_privacy(1), "threefry", True),
+    Version("jax_privacy, microbatch of 1/4", _jax_privacy(4), "threefry", True),
     Version("jax_privacy, microbatch of 1/16", _jax_privacy(16), "threefry"),
     Version("optax vmap", _optax, "threefry"),
 )

@@ -67,6 +67,13 @@ class ClippedGrad:
                 communicates over a named axis or has side effects, or (``verify=True``) a
                 sum that per-example calls do not reproduce.
         """
+        sums, aux, _ = self._run(args, is_padding_example, self.l2_clip_norm)
+        return (sums, aux) if self.has_aux else sums
+
+    def _run(
+        self, args: Sequence[Any], is_padding_example: Any, l2_clip_norm: float | Array
+    ) -> tuple[Any, Any, Array]:
+        """The sum, the per-example aux, and the per-example norms (NaN for padding)."""
         split = self._split(args)
         if is_padding_example is None:
             padding = jnp.zeros(split.examples, jnp.bool_)
@@ -78,16 +85,17 @@ class ClippedGrad:
                     f"bool({split.examples},) is needed, one for each example."
                 )
         run = self._engine(split)
+        clip = dataclasses.replace(self._clip(split), l2_clip_norm=l2_clip_norm)
         if self.verify:
             check_against_single_calls(split, run, self._clip(split))
-        sums, aux = in_microbatches(
-            lambda batch, padding: run(batch, padding, self._clip(split)),
+        sums, (aux, norms) = in_microbatches(
+            lambda batch, padding: run(batch, padding, clip),
             split.batch,
             padding,
             self.microbatch_size,
         )
-        total = split.unflatten(sums)
-        return (total, split.unflatten_aux(aux)) if self.has_aux else total
+        norms = jnp.where(padding, jnp.nan, norms)
+        return split.unflatten(sums), split.unflatten_aux(aux), norms
 
     def explain(self, *args: Any) -> explain.Explanation:
         """Which engine runs for these arguments, and what is done with each leaf, and why.
@@ -131,8 +139,8 @@ class ClippedGrad:
         memory = explain.device_memory()
         return *explain.choose(plan, self._together(split), groups, memory), plan
 
-    def _engine(self, split: Arguments) -> Callable[..., tuple[list[Array], list[Array]]]:
-        """``(batch, padding, clip) -> (sums, aux)`` of the engine that runs."""
+    def _engine(self, split: Arguments) -> Callable[..., tuple[list[Array], Any]]:
+        """``(batch, padding, clip) -> (sums, (aux, norms))`` of the engine that runs."""
         if self.engine == "vmap":
             split.checked_jaxpr()
             return functools.partial(vmap.clipped_sum, split.loss, split.leaves)

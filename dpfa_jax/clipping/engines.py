@@ -12,7 +12,7 @@ Model at Small Cost, 2023 (book-keeping).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,8 +25,8 @@ from dpfa_jax.clipping.sites import Block, Factor, factors, merged, squared_norm
 from dpfa_jax.clipping.tree import Clip, squared_norm, weighted_leaf
 
 Sums = list[jax.Array]
-# (plan, leaves, batch, is_padding_example, clip) -> (sums, per-example aux)
-Engine = Callable[[Plan, Sequence[Any], list[Any], jax.Array, Clip], tuple[Sums, list[jax.Array]]]
+# Of each example: the auxiliary outputs, and the norm before clipping.
+Outputs = tuple[list[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass
@@ -77,7 +77,7 @@ def _short_margin(plan: Plan, clip: Clip) -> Clip:
 
 def bookkeeping(
     plan: Plan, leaves: Sequence[Any], batch: list[Any], padding: jax.Array, clip: Clip
-) -> tuple[Sums, list[jax.Array]]:
+) -> tuple[Sums, Outputs]:
     """One backward pass; activations and cotangents are kept until the norms are known.
 
     With one group a leaf (``per_layer``), nothing has to be kept beyond its layer.
@@ -87,7 +87,7 @@ def bookkeeping(
     readings = read(plan.trace, sites, plan.of_form("materialised"), leaves, batch)
     groups = _groups(plan, sites, readings)
     squares = _squares(plan, groups, readings.gradients, padding.size)
-    weights, keep = clip.factors(squares, padding)
+    weights, keep, norms = clip.factors(squares, padding)
 
     def total(groups: Sequence[_Group], gradients: dict[int, jax.Array], kept: Any) -> Sums:
         sums = {
@@ -110,7 +110,7 @@ def bookkeeping(
         lambda: total(groups, readings.gradients, None),
         lambda: total(groups, readings.gradients, keep),
     )
-    return sums, readings.aux
+    return sums, (readings.aux, norms)
 
 
 def _without(blocks: Sequence[Block], keep: jax.Array) -> list[Block]:
@@ -123,7 +123,7 @@ def _without(blocks: Sequence[Block], keep: jax.Array) -> list[Block]:
 
 def two_pass(
     plan: Plan, leaves: Sequence[Any], batch: list[Any], padding: jax.Array, clip: Clip
-) -> tuple[Sums, list[jax.Array]]:
+) -> tuple[Sums, Outputs]:
     """Norms first; then a second pass over the losses, each times its factor."""
     clip = _short_margin(plan, clip)
     # The second pass rounds its cotangents anew.
@@ -131,7 +131,7 @@ def two_pass(
     sites = _sites(plan, plan.of_form("gram"))
     readings = read(plan.trace, sites, plan.of_form("materialised"), leaves, batch)
     squares = _squares(plan, _groups(plan, sites, readings), readings.gradients, padding.size)
-    (weight,), keep = clip.factors(squares, padding)
+    (weight,), keep, norms = clip.factors(squares, padding)
 
     # An example that counts for nothing is replaced by one that counts: 0 · NaN is NaN.
     stand_in = jnp.where(keep, jnp.arange(keep.size), jnp.argmax(keep))
@@ -148,4 +148,4 @@ def two_pass(
     return [
         jnp.where(some, sums[i], 0.0) if i in sums else jnp.zeros(jnp.shape(leaves[i]), jnp.float32)
         for i in range(plan.trace.leaves)
-    ], readings.aux
+    ], (readings.aux, norms)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,27 @@ from jaxtyping import Array, Bool, Float32, PyTree
 MARGIN = 2.0**-20
 
 
+class Factors(NamedTuple):
+    """What clipping does with each example.
+
+    Attributes:
+        weights: of each group, the factor f.
+        keep: whether the example counts at all.
+        norms: of its whole gradient, whether it counts or not.
+    """
+
+    weights: list[Float32[Array, "b"]]
+    keep: Bool[Array, "b"]
+    norms: Float32[Array, "b"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """How norms become factors.
 
     Attributes:
-        l2_clip_norm: C, the bound on one example's whole contribution; a float32 scalar in
-            ``verify`` only.
+        l2_clip_norm: C, the bound on one example's whole contribution; where it is adapted,
+            and in ``verify``, a float32 scalar.
         groups: of each leaf, its group's number. k groups are clipped by themselves, each
             to C/√k.
         automatic: γ of automatic clipping, factor (C/√k)/(‖g‖ + γ); None clips.
@@ -37,8 +51,8 @@ class Clip:
         self,
         squares: Sequence[Float32[Array, "b"]],
         is_padding_example: Bool[Array, "b"] | None = None,
-    ) -> tuple[list[Float32[Array, "b"]], Bool[Array, "b"]]:
-        """Of each group, every example's factor; and which examples count at all.
+    ) -> "Factors":
+        """Every example's factors.
 
         Padding examples, and examples with a norm that is not finite, have the factor 0.
 
@@ -67,7 +81,8 @@ class Clip:
                 scale = target / (norm + jnp.float32(self.automatic))
             return jnp.where(keep, scale, 0.0)
 
-        return [factor(norm) for norm in norms], keep
+        whole = jnp.sqrt(sum((jnp.square(norm) for norm in norms[1:]), jnp.square(norms[0])))
+        return Factors([factor(norm) for norm in norms], keep, whole)
 
 
 def squared_norm(leaf: Array) -> Float32[Array, "b"]:
@@ -102,12 +117,19 @@ def clip_and_sum(
 
     Padding examples, and examples whose norm is not finite, contribute exactly zero.
     """
+    return clip_and_sum_with_norms(grads, clip, is_padding_example)[0]
+
+
+def clip_and_sum_with_norms(
+    grads: PyTree[Array], clip: Clip | float, is_padding_example: Bool[Array, "b"] | None
+) -> tuple[PyTree[Array], Float32[Array, "b"]]:
+    """:func:`clip_and_sum`, and the norms before clipping."""
     leaves, structure = jax.tree.flatten(grads)
     if not isinstance(clip, Clip):
         clip = Clip(clip, (0,) * len(leaves))
-    factors, keep = clip.factors([squared_norm(x) for x in leaves], is_padding_example)
-    sums = [weighted_leaf(x, factors[g], keep) for x, g in zip(leaves, clip.groups, strict=True)]
-    return jax.tree.unflatten(structure, sums)
+    weights, keep, norms = clip.factors([squared_norm(x) for x in leaves], is_padding_example)
+    sums = [weighted_leaf(x, weights[g], keep) for x, g in zip(leaves, clip.groups, strict=True)]
+    return jax.tree.unflatten(structure, sums), norms
 
 
 def check_clip_norm(l2_clip_norm: Any) -> float:

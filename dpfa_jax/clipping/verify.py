@@ -15,7 +15,7 @@ _EXAMPLES = 4
 
 
 def check_against_single_calls(
-    split: Arguments, run: Callable[..., tuple[list[Any], list[Any]]], clip: Clip
+    split: Arguments, run: Callable[..., tuple[list[Any], Any]], clip: Clip
 ) -> None:
     """Each of the first examples, clipped in a batch, beside the same clipped alone.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from dpfa_jax.clipping.tree import Clip, clip_and_sum
+from dpfa_jax.clipping.tree import Clip, clip_and_sum_with_norms
 
 
 def per_example_gradients(
@@ -40,7 +40,8 @@ def clipped_sum(
     batch: list[Any],
     padding: jax.Array,
     clip: Clip,
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Σ clip(∇) and the stacked auxiliary outputs."""
+) -> tuple[list[jax.Array], tuple[list[jax.Array], jax.Array]]:
+    """Σ clip(∇); and of each example, the auxiliary outputs and the norm."""
     grads, aux = per_example_gradients(loss, leaves, batch)
-    return clip_and_sum(grads, clip, padding), aux
+    sums, norms = clip_and_sum_with_norms(grads, clip, padding)
+    return sums, (aux, norms)

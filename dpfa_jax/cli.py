@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_bench(commands: Any) -> None:
-    bench = commands.add_parser("bench", help="measure attention on this machine")
+    bench = commands.add_parser("bench", help="measure attention and training on this machine")
     kinds = bench.add_subparsers(dest="kind", required=True)
     attention = kinds.add_parser(
         "attention",
@@ -71,6 +71,34 @@ def _add_bench(commands: Any) -> None:
         "(default: %(default)s)",
     )
     _add_budget(attention, 420.0)
+    clipping = kinds.add_parser(
+        "clipping",
+        help="private training steps beside the same step without privacy",
+        description="Times training steps of a decoder (clipping, noise, AdamW) beside the same "
+        "step without privacy and other libraries that are installed, and judges the project's "
+        "targets. Prints tables and writes every sample.",
+    )
+    clipping.add_argument(
+        "--shapes",
+        choices=("all", "cpu", "small"),
+        default="all",
+        help="all: for an accelerator; cpu: one that two cores can do; small: to see that it works",
+    )
+    clipping.add_argument(
+        "--only", metavar="TEXT", help="only shapes whose name holds this, such as T=256 or LoRA"
+    )
+    clipping.add_argument(
+        "--quick", action="store_true", help="only what the targets are about, and jax_privacy"
+    )
+    clipping.add_argument("--batch", type=int, metavar="B", help="another physical batch")
+    clipping.add_argument(
+        "--json",
+        type=Path,
+        default=Path("runs/bench_clipping.json"),
+        metavar="PATH",
+        help="the result (default: %(default)s)",
+    )
+    _add_budget(clipping, 420.0)
     tune = kinds.add_parser(
         "tune",
         help="measure block sizes and keep the best in a cache file",
@@ -109,6 +137,21 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
         more = {} if args.head_dim is None else {"head_dims": args.head_dim}
         path = tune.run(backends=args.backend, budget=args.budget, **more)
         print(f"block sizes: {path}")
+        return
+    if args.kind == "clipping":
+        from dpfa_jax.bench import clipping
+
+        result = clipping.run(
+            shapes=args.shapes,
+            batch=args.batch,
+            only=args.only,
+            quick=args.quick,
+            budget=args.budget,
+            json_path=args.json,
+            command=shlex.join(["dpfa", *argv]),
+        )
+        clipping.print_result(result)
+        print(f"every sample: {args.json}")
         return
     from dpfa_jax.bench import attention, peers, tables
 

@@ -46,10 +46,10 @@ VERSIONS: tuple[Version, ...] = (*peers.VERSIONS, *ours.VERSIONS)
 _PACKAGES = ("dpfa_jax", "jax", "jaxlib", "numpy", "tokamax", "torch", "nvidia-cudnn-cu13")
 
 
-def package_versions() -> dict[str, str | None]:
+def package_versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str | None]:
     """Versions of what is measured; None for a package that is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

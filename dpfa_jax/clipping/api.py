@@ -1,19 +1,27 @@
 """``clipped_grad``: the sum of clipped per-example gradients of a per-example loss."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import math
+import numbers
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool
 
-from dpfa_jax.clipping import vmap
-from dpfa_jax.clipping.tree import check_clip_norm
+from dpfa_jax.clipping import engines, explain, vmap
+from dpfa_jax.clipping.arguments import Arguments, split_arguments
+from dpfa_jax.clipping.microbatch import in_microbatches
+from dpfa_jax.clipping.plan import Plan, make_plan
+from dpfa_jax.clipping.tree import Clip, check_clip_norm
+from dpfa_jax.clipping.verify import check_against_single_calls
 from dpfa_jax.mechanisms import gradient_sensitivity
 
-_ENGINES = ("auto", "vmap")
+Engine = Literal["auto", "bookkeeping", "two_pass", "per_layer", "vmap"]
+_ENGINES = ("auto", "bookkeeping", "two_pass", "per_layer", "vmap")
+Path = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +40,9 @@ class ClippedGrad:
     has_aux: bool
     microbatch_size: int | None
     verify: bool
+    groups: Callable[[Path], Hashable] | None = None
+    automatic: float | None = None
+    trainable: Callable[[Path, Any], bool] | None = None
 
     def sensitivity(self, adjacency: Literal["add_remove", "replace_one"]) -> float:
         """Largest L2 change of the returned sum between neighbours.
@@ -48,116 +59,111 @@ class ClippedGrad:
             is_padding_example: bool[batch]; True rows contribute exactly zero.
 
         Returns:
-            A float32 tree like the arguments in ``argnums``: Σ_b min(1, C/‖g_b‖) g_b.
+            A float32 tree like the arguments in ``argnums``: Σ_b min(1, C/‖g_b‖) g_b. Frozen
+            leaves (``trainable``) are None.
 
         Raises:
-            ValueError: for arguments that do not fit together, a loss that is no scalar,
-                or (``verify=True``) a sum that per-example calls do not reproduce.
+            ValueError: for arguments that do not fit together, a loss that is no scalar, that
+                communicates over a named axis or has side effects, or (``verify=True``) a
+                sum that per-example calls do not reproduce.
         """
-        batch = self._batch_size(args)
+        sums, aux, _ = self._run(args, is_padding_example, self.l2_clip_norm)
+        return (sums, aux) if self.has_aux else sums
+
+    def _run(
+        self, args: Sequence[Any], is_padding_example: Any, l2_clip_norm: float | Array
+    ) -> tuple[Any, Any, Array]:
+        """The sum, the per-example aux, and the per-example norms (NaN for padding)."""
+        split = self._split(args)
         if is_padding_example is None:
-            padding = jnp.zeros(batch, jnp.bool_)
+            padding = jnp.zeros(split.examples, jnp.bool_)
         else:
             padding = jnp.asarray(is_padding_example)
-            if padding.shape != (batch,) or padding.dtype != jnp.bool_:
+            if padding.shape != (split.examples,) or padding.dtype != jnp.bool_:
                 raise ValueError(
-                    f"is_padding_example is {padding.dtype}{padding.shape}: bool({batch},) is "
-                    "needed, one for each example."
+                    f"is_padding_example is {padding.dtype}{padding.shape}: "
+                    f"bool({split.examples},) is needed, one for each example."
                 )
-        total, aux = vmap.clipped_sum(
-            self._per_example,
-            args,
-            self.batch_argnums,
-            padding,
-            l2_clip_norm=self.l2_clip_norm,
-            microbatch_size=self.microbatch_size,
-        )
+        run = self._engine(split)
+        clip = dataclasses.replace(self._clip(split), l2_clip_norm=l2_clip_norm)
         if self.verify:
-            self._verify(args, batch)
-        return (total, aux) if self.has_aux else total
+            check_against_single_calls(split, run, self._clip(split))
+        sums, (aux, norms) = in_microbatches(
+            lambda batch, padding: run(batch, padding, clip),
+            split.batch,
+            padding,
+            self.microbatch_size,
+        )
+        norms = jnp.where(padding, jnp.nan, norms)
+        return split.unflatten(sums), split.unflatten_aux(aux), norms
 
-    def _per_example(self, *args: Any) -> tuple[Any, Any]:
-        def loss(*inner: Any) -> tuple[jax.Array, Any]:
-            out = self.loss_fn(*inner)
-            if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
-                raise ValueError(
-                    f"has_aux=True: loss_fn must return (loss, aux); it returned a "
-                    f"{type(out).__name__}."
-                )
-            value, aux = out if self.has_aux else (out, ())
-            value = jnp.asarray(value)
-            if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-                raise ValueError(
-                    f"loss_fn returned {value.dtype}{value.shape} for one example: a floating "
-                    "scalar is needed. It is called with one example, without a batch axis."
-                )
-            return value, aux
+    def explain(self, *args: Any) -> explain.Explanation:
+        """Which engine runs for these arguments, and what is done with each leaf, and why.
 
-        return jax.grad(loss, argnums=self.argnums, has_aux=True)(*args)
+        Arrays may be ``jax.ShapeDtypeStruct``: nothing is computed.
+        """
+        split = self._split(args)
+        engine, why, plan = self._decide(split)
+        names = tuple(jax.tree_util.keystr(path) for path in split.paths)
+        return explain.Explanation(engine, why, names, plan.leaves, self._together(split))
 
-    def _batch_size(self, args: Sequence[Any]) -> int:
-        argnums = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
-        for name, numbers in (("argnums", argnums), ("batch_argnums", self.batch_argnums)):
-            if max(numbers) >= len(args):
-                raise ValueError(f"{name}={numbers}: only {len(args)} positional arguments given.")
-        for i in argnums:
-            for leaf in jax.tree.leaves(args[i]):
-                if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-                    raise ValueError(
-                        f"argument {i} (argnums) has a {jnp.result_type(leaf)} leaf: gradients "
-                        "need floating-point leaves."
-                    )
-        if not jax.tree.leaves([args[i] for i in argnums]):
-            raise ValueError(f"argnums={argnums}: these arguments hold no arrays.")
-        shapes = [jnp.shape(x) for i in self.batch_argnums for x in jax.tree.leaves(args[i])]
-        if not shapes or any(not s for s in shapes) or len({s[0] for s in shapes}) != 1:
-            raise ValueError(
-                f"batch_argnums={self.batch_argnums}: every leaf needs the same leading batch "
-                f"axis; the shapes are {shapes}."
-            )
-        if shapes[0][0] == 0:
-            raise ValueError("the batch is empty: pad it, and mark padding in is_padding_example.")
-        return int(shapes[0][0])
+    def _split(self, args: Sequence[Any]) -> Arguments:
+        return split_arguments(
+            self.loss_fn,
+            args,
+            argnums=self.argnums,
+            batch_argnums=self.batch_argnums,
+            has_aux=self.has_aux,
+            trainable=self.trainable,
+        )
 
-    def _verify(self, args: Sequence[Any], batch: int) -> None:
-        """Compares a few examples' gradients with calls of one example each."""
-        leaves = jax.tree.leaves(list(args))
-        if any(isinstance(x, jax.core.Tracer) for x in leaves):
-            raise ValueError("verify=True: compares numbers, so call it outside jit (once).")
-        few = min(batch, 4)
-        in_axes = tuple(0 if i in self.batch_argnums else None for i in range(len(args)))
+    def _together(self, split: Arguments) -> int:
+        return min(self.microbatch_size or split.examples, split.examples)
 
-        def cut(i: int | slice) -> list[Any]:
-            return [
-                jax.tree.map(lambda x: x[i], a) if n in self.batch_argnums else a
-                for n, a in enumerate(args)
-            ]
+    def _clip(self, split: Arguments) -> Clip:
+        if self.groups is not None:
+            labels = [self.groups(path) for path in split.paths]
+        elif self.engine == "per_layer":
+            labels = list(split.paths)
+        else:
+            labels = [()] * len(split.paths)
+        number = {label: n for n, label in enumerate(dict.fromkeys(labels))}
+        groups = tuple(number[label] for label in labels)
+        return Clip(self.l2_clip_norm, groups, self.automatic)
 
-        together, _ = jax.vmap(self._per_example, in_axes=in_axes)(*cut(slice(0, few)))
-        for i in range(few):
-            alone, _ = self._per_example(*cut(i))
-            for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-                x, y = np.asarray(a, np.float64), np.asarray(b[i], np.float64)
-                tolerance = 1e-3 if a.dtype == jnp.float32 else 5e-2
-                size = np.abs(x[np.isfinite(x)]).max(initial=1e-6)
-                if not np.allclose(x, y, tolerance, tolerance * size, equal_nan=True):
-                    raise ValueError(
-                        f"verify: the gradient of example {i} changes when other examples are "
-                        "in its batch. Some operation of loss_fn mixes examples; no clipping "
-                        "bounds its sensitivity."
-                    )
+    def _decide(self, split: Arguments) -> tuple[str, str, Plan]:
+        plan = make_plan(split.trace(), split.leaf_shapes)
+        if self.engine != "auto":
+            return self.engine, "asked for", plan
+        groups = len(set(self._clip(split).groups))
+        memory = explain.device_memory()
+        return *explain.choose(plan, self._together(split), groups, memory), plan
+
+    def _engine(self, split: Arguments) -> Callable[..., tuple[list[Array], Any]]:
+        """``(batch, padding, clip) -> (sums, (aux, norms))`` of the engine that runs."""
+        if self.engine == "vmap":
+            split.checked_jaxpr()
+            return functools.partial(vmap.clipped_sum, split.loss, split.leaves)
+        engine, _, plan = self._decide(split)
+        if engine == "vmap":
+            return functools.partial(vmap.clipped_sum, split.loss, split.leaves)
+        one = engines.two_pass if engine == "two_pass" else engines.bookkeeping
+        return functools.partial(one, plan, split.leaves)
 
 
 def clipped_grad(
     loss_fn: Callable[..., Any],
     *,
     l2_clip_norm: float,
-    engine: Literal["auto", "vmap"] = "auto",
+    engine: Engine = "auto",
     argnums: int | Sequence[int] = 0,
     batch_argnums: int | Sequence[int] = 1,
     has_aux: bool = False,
     microbatch_size: int | None = None,
     verify: bool = False,
+    groups: Callable[[Path], Hashable] | None = None,
+    automatic: float | None = None,
+    trainable: Callable[[Path, Any], bool] | None = None,
 ) -> ClippedGrad:
     """The sum over a batch of per-example gradients, each clipped to norm C.
 
@@ -171,18 +177,29 @@ def clipped_grad(
         loss_fn: the loss of **one** example: ``loss_fn(params, example, ...) -> scalar``, or
             ``(scalar, aux)`` with ``has_aux``. It never sees a batch axis.
         l2_clip_norm: C, finite and above 0.
-        engine: ``'vmap'``, or ``'auto'``, which picks it.
+        engine: how (docs/clipping.md). ``'bookkeeping'``: one backward pass, norms without
+            per-example gradients. ``'two_pass'``: a second pass, less memory.
+            ``'per_layer'``: each leaf, or each of ``groups``, is clipped by itself.
+            ``'vmap'``: a gradient for each example in memory, the reference. ``'auto'``
+            picks one for flat clipping; :meth:`ClippedGrad.explain` says which.
         argnums: which arguments are differentiated, as in ``jax.grad``.
         batch_argnums: which arguments carry a leading batch axis.
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
-        microbatch_size: how many examples' gradients are in memory together. It changes
-            cost, not the result.
-        verify: at each call, compare a few gradients with those of single calls.
+        microbatch_size: how many examples are in memory together. It changes cost, not
+            the result.
+        verify: at each call, compare a few examples with single calls of ``jax.grad``.
+        groups: path of a leaf to a label. Leaves with one label are a group; each of k groups
+            is clipped to C/√k. None: all leaves together (``'per_layer'``: one by one).
+        automatic: γ > 0 replaces clipping by the factor C/(‖g‖ + γ), so that every example's
+            gradient counts with nearly norm C and C merges into the learning rate.
+        trainable: ``(path, leaf) -> bool``; leaves for which it is False are constants, cost
+            nothing, and are None in the result.
 
     Raises:
         ValueError: for an argument that is not allowed; the message names it.
 
-    Source: M. Abadi et al., Deep Learning with Differential Privacy, 2016, algorithm 1.
+    Sources: M. Abadi et al., Deep Learning with Differential Privacy, 2016, algorithm 1;
+    ``automatic``: Z. Bu et al., Automatic Clipping, 2023 (AUTO-S).
 
     Example:
         >>> def loss(w, x):
@@ -199,22 +216,42 @@ def clipped_grad(
     size = microbatch_size
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ValueError(f"microbatch_size={size!r}: allowed is None or a whole number >= 1.")
-    numbers = {}
+    for name, function in (("groups", groups), ("trainable", trainable)):
+        if function is not None and not callable(function):
+            raise ValueError(f"{name}={function!r}: allowed is None or a function of a path.")
+    if groups is not None and engine == "two_pass":
+        raise ValueError(
+            "groups: engine='two_pass' clips one norm; allowed with groups are 'auto', "
+            "'bookkeeping', 'per_layer' and 'vmap'."
+        )
+    numbers_of = {}
     for name, value in (("argnums", argnums), ("batch_argnums", batch_argnums)):
         as_tuple = (value,) if isinstance(value, int) else tuple(value)
         if not as_tuple or any(not isinstance(i, int) or i < 0 for i in as_tuple):
             raise ValueError(f"{name}={value!r}: allowed are whole numbers >= 0.")
-        numbers[name] = as_tuple
-    both = set(numbers["argnums"]) & set(numbers["batch_argnums"])
+        numbers_of[name] = as_tuple
+    both = set(numbers_of["argnums"]) & set(numbers_of["batch_argnums"])
     if both:
         raise ValueError(f"argnums and batch_argnums share {sorted(both)}: they must differ.")
     return ClippedGrad(
         loss_fn=loss_fn,
         l2_clip_norm=check_clip_norm(l2_clip_norm),
-        engine="vmap",
-        argnums=argnums if isinstance(argnums, int) else numbers["argnums"],
-        batch_argnums=numbers["batch_argnums"],
+        engine=engine,
+        argnums=argnums if isinstance(argnums, int) else numbers_of["argnums"],
+        batch_argnums=numbers_of["batch_argnums"],
         has_aux=has_aux,
         microbatch_size=size,
         verify=verify,
+        groups=groups,
+        automatic=_check_gamma(automatic),
+        trainable=trainable,
     )
+
+
+def _check_gamma(gamma: Any) -> float | None:
+    if gamma is None:
+        return None
+    is_number = isinstance(gamma, numbers.Real) and not isinstance(gamma, bool)
+    if not (is_number and 1e-9 <= gamma < math.inf):
+        raise ValueError(f"automatic={gamma!r}: allowed is None or a number from 1e-9.")
+    return float(gamma)

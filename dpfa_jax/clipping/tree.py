@@ -1,7 +1,10 @@
 """Norms and clipping of gradient trees, float32 throughout."""
 
+import dataclasses
+import math
 import numbers
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,38 +12,124 @@ from jaxtyping import Array, Bool, Float32, PyTree
 
 # A clipped gradient is aimed this much below C, so that the rounding of the norm and of
 # the product leaves it at most C.
-_MARGIN = 2.0**-20
+MARGIN = 2.0**-20
+
+
+class Factors(NamedTuple):
+    """What clipping does with each example.
+
+    Attributes:
+        weights: of each group, the factor f.
+        keep: whether the example counts at all.
+        norms: of its whole gradient, whether it counts or not.
+    """
+
+    weights: list[Float32[Array, "b"]]
+    keep: Bool[Array, "b"]
+    norms: Float32[Array, "b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """How norms become factors.
+
+    Attributes:
+        l2_clip_norm: C, the bound on one example's whole contribution; where it is adapted,
+            and in ``verify``, a float32 scalar.
+        groups: of each leaf, its group's number. k groups are clipped by themselves, each
+            to C/√k.
+        automatic: γ of automatic clipping, factor (C/√k)/(‖g‖ + γ); None clips.
+        margin: how much below its bound a clipped gradient is aimed.
+    """
+
+    l2_clip_norm: float | jax.Array
+    groups: tuple[int, ...]
+    automatic: float | None = None
+    margin: float = MARGIN
+
+    def factors(
+        self,
+        squares: Sequence[Float32[Array, "b"]],
+        is_padding_example: Bool[Array, "b"] | None = None,
+    ) -> "Factors":
+        """Every example's factors.
+
+        Padding examples, and examples with a norm that is not finite, have the factor 0.
+
+        Args:
+            squares: of each leaf, every example's squared norm.
+            is_padding_example: True for examples that contribute nothing.
+        """
+        count = max(self.groups) + 1
+        norms = []
+        for group in range(count):
+            mine = [s for s, g in zip(squares, self.groups, strict=True) if g == group]
+            norms.append(jnp.sqrt(sum(mine[1:], mine[0])))
+        keep = jnp.isfinite(norms[0])
+        for norm in norms[1:]:
+            keep = keep & jnp.isfinite(norm)
+        if is_padding_example is not None:
+            keep = keep & ~is_padding_example
+        target = jnp.asarray(
+            self.l2_clip_norm * ((1.0 - self.margin) / math.sqrt(count)), jnp.float32
+        )
+
+        def factor(norm: jax.Array) -> jax.Array:
+            if self.automatic is None:
+                scale = jnp.minimum(1.0, target / jnp.where(norm > 0.0, norm, 1.0))
+            else:
+                scale = target / (norm + jnp.float32(self.automatic))
+            return jnp.where(keep, scale, 0.0)
+
+        whole = jnp.sqrt(sum((jnp.square(norm) for norm in norms[1:]), jnp.square(norms[0])))
+        return Factors([factor(norm) for norm in norms], keep, whole)
+
+
+def squared_norm(leaf: Array) -> Float32[Array, "b"]:
+    """Each example's Σ g² over one leaf."""
+    return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=tuple(range(1, leaf.ndim)))
 
 
 def per_example_norms(grads: PyTree[Array]) -> Float32[Array, "b"]:
     """The L2 norm of each example's gradient, over all leaves together."""
-    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(grads)]
-    squares = [jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))) for x in leaves]
+    squares = [squared_norm(leaf) for leaf in jax.tree.leaves(grads)]
     return jnp.sqrt(sum(squares[1:], squares[0]))
 
 
+def weighted_leaf(
+    leaf: Array, factor: Float32[Array, "b"], keep: Bool[Array, "b"] | None
+) -> Float32[Array, "..."]:
+    """Σ_b f_b g_b in float32; examples that are not kept are replaced by zeros.
+
+    0 · NaN is NaN: what is not kept cannot be multiplied away. ``keep=None`` says that
+    all entries are finite.
+    """
+    rows = leaf.astype(jnp.float32)
+    if keep is not None:
+        rows = jnp.where(keep.reshape(keep.size, *[1] * (leaf.ndim - 1)), rows, 0.0)
+    return jnp.einsum("b,b...->...", factor, rows, precision=jax.lax.Precision.HIGHEST)
+
+
 def clip_and_sum(
-    grads: PyTree[Array], l2_clip_norm: float, is_padding_example: Bool[Array, "b"] | None
+    grads: PyTree[Array], clip: Clip | float, is_padding_example: Bool[Array, "b"] | None
 ) -> PyTree[Array]:
     """Σ_b min(1, C/‖g_b‖) g_b over the leading axis, in float32.
 
     Padding examples, and examples whose norm is not finite, contribute exactly zero.
     """
-    norms = per_example_norms(grads)
-    keep = jnp.isfinite(norms)
-    if is_padding_example is not None:
-        keep = keep & ~is_padding_example
-    target = jnp.float32(l2_clip_norm * (1.0 - _MARGIN))
-    factor = jnp.minimum(1.0, target / jnp.where(norms > 0.0, norms, 1.0))
-    factor = jnp.where(keep, factor, 0.0)
+    return clip_and_sum_with_norms(grads, clip, is_padding_example)[0]
 
-    def reduce(leaf: jax.Array) -> jax.Array:
-        # 0 · NaN is NaN: what is not kept must be replaced, not multiplied away.
-        shape = (keep.size, *[1] * (leaf.ndim - 1))
-        clean = jnp.where(keep.reshape(shape), leaf.astype(jnp.float32), 0.0)
-        return jnp.einsum("b,b...->...", factor, clean, precision=jax.lax.Precision.HIGHEST)
 
-    return jax.tree.map(reduce, grads)
+def clip_and_sum_with_norms(
+    grads: PyTree[Array], clip: Clip | float, is_padding_example: Bool[Array, "b"] | None
+) -> tuple[PyTree[Array], Float32[Array, "b"]]:
+    """:func:`clip_and_sum`, and the norms before clipping."""
+    leaves, structure = jax.tree.flatten(grads)
+    if not isinstance(clip, Clip):
+        clip = Clip(clip, (0,) * len(leaves))
+    weights, keep, norms = clip.factors([squared_norm(x) for x in leaves], is_padding_example)
+    sums = [weighted_leaf(x, weights[g], keep) for x, g in zip(leaves, clip.groups, strict=True)]
+    return jax.tree.unflatten(structure, sums), norms
 
 
 def check_clip_norm(l2_clip_norm: Any) -> float:

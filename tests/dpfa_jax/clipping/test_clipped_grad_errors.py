@@ -27,8 +27,8 @@ def test_l2_clip_norm(value):
 
 
 def test_engine():
-    assert clipped_grad(linear, l2_clip_norm=1.0).engine == "vmap"
-    with pytest.raises(ValueError, match=r"engine='ghost'.*'auto', 'vmap'"):
+    assert clipped_grad(linear, l2_clip_norm=1.0).engine == "auto"
+    with pytest.raises(ValueError, match=r"engine='ghost'.*'auto', 'bookkeeping', .*'vmap'"):
         clipped_grad(linear, l2_clip_norm=1.0, engine="ghost")
 
 

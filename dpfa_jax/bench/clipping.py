@@ -1,0 +1,285 @@
+"""``dpfa bench clipping``: private training steps beside the same step without privacy.
+
+A figure is the share of the non-private step's throughput at the same physical batch,
+noise and optimiser included, measured in turns in one process.
+"""
+
+import dataclasses
+import datetime
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dpfa_jax.bench import decoder, steps
+from dpfa_jax.bench.attention import package_versions
+from dpfa_jax.bench.decoder import DecoderShape
+from dpfa_jax.bench.files import write_json
+from dpfa_jax.bench.steps import NON_PRIVATE, OURS, Version
+from dpfa_jax.bench.timing import (
+    BenchError,
+    Plan,
+    Runnable,
+    describe_error,
+    measure,
+    ratio_with_interval,
+)
+
+_PACKAGES = ("jax-privacy", "optax", "flax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A share of non-private throughput to reach; memory likewise."""
+
+    shape: DecoderShape
+    must: float
+    aim: float
+    version: str = OURS
+
+
+TARGETS = (
+    Target(decoder.GPT2_256, 0.92, 0.95),
+    Target(decoder.GPT2_1024, 0.85, 0.90),
+    Target(decoder.LARGE, 0.88, 0.93),
+    Target(decoder.LORA, 0.97, 0.99),
+    # On CPUs ChaCha's arithmetic is what costs: there the target is about the gradient.
+    Target(decoder.CPU, 1 / 1.15, 1.0, steps.OURS_NO_NOISE),
+)
+# Peak memory over that of the non-private step.
+MEMORY_MUST, MEMORY_AIM = 1.25, 1.05
+
+
+class _Shared:
+    """The state that all versions of a shape update in place."""
+
+    def __init__(self, shape: DecoderShape):
+        self.state = steps.make_state(shape)
+        self.tokens = steps.make_tokens(shape)
+
+
+def _compile(version: Version, shape: DecoderShape, shared: _Shared) -> tuple[Runnable, int | None]:
+    """The compiled step, and its peak memory: arguments, outputs and temporaries."""
+    step = jax.jit(steps.make_step(version, shape), donate_argnums=0)
+    compiled = step.lower(shared.state, shared.tokens).compile()
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            shared.state = compiled(shared.state, shared.tokens)
+        jax.block_until_ready(shared.state)
+
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return Runnable(run), None
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Runnable(run, int(memory.temp_size_in_bytes)), int(peak)
+
+
+def measure_shape(shape: DecoderShape, versions: Sequence[Version], plan: Plan) -> dict[str, Any]:
+    """Every version's samples, its share of the non-private throughput, memory or error."""
+    shared = _Shared(shape)
+    runnables: dict[str, Runnable] = {}
+    peaks: dict[str, int | None] = {}
+    errors: dict[str, str] = {}
+    for version in versions:
+        try:
+            runnables[version.name], peaks[version.name] = _compile(version, shape, shared)
+        # Whatever a compiler or another library raises is a result to show.
+        except Exception as error:
+            errors[version.name] = describe_error(error)
+    timings = measure(runnables, plan)
+    base = timings.get(NON_PRIVATE)
+    entries: list[dict[str, Any]] = []
+    for version in versions:
+        name = version.name
+        timing = timings.get(name)
+        if timing is None or not timing.seconds:
+            why = errors.get(name) or (timing.error if timing else None)
+            entries.append({"name": name, "error": why or "no samples"})
+            continue
+        entry: dict[str, Any] = {
+            "name": name,
+            "median_ms": 1e3 * timing.median,
+            "quartile_distance_ms": 1e3 * timing.spread,
+            "samples_ms": [round(1e3 * s, 4) for s in timing.seconds],
+            "peak_bytes": peaks[name],
+        }
+        if base is not None and base.seconds:
+            share, low, high = ratio_with_interval(base.seconds, timing.seconds)
+            entry |= {"share": share, "interval": [low, high]}
+            own, other = peaks[name], peaks.get(NON_PRIVATE)
+            entry["memory"] = own / other if own and other else None
+        entries.append(entry)
+    return {"shape": dataclasses.asdict(shape), "versions": entries, "explanation": _explain(shape)}
+
+
+def _explain(shape: DecoderShape) -> str:
+    from dpfa_jax.clipping import clipped_grad
+
+    state = jax.eval_shape(lambda: decoder.init(shape, jax.random.key(0)))
+    base, lora = state["base"], state["lora"]
+    trainable, frozen = (base, None) if lora is None else (lora, base)
+    grad = clipped_grad(
+        lambda p, x: steps.example_loss(shape)(
+            p, jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), frozen), x
+        ),
+        l2_clip_norm=steps.CLIP_NORM,
+        microbatch_size=shape.batch,
+    )
+    tokens = jax.ShapeDtypeStruct((shape.batch, shape.length + 1), jax.numpy.int32)
+    with jax.numpy_dtype_promotion("standard"):
+        return str(grad.explain(trainable, tokens))
+
+
+def judge(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each target with its figure: throughput, and memory under the same name."""
+    verdicts = []
+    for target in TARGETS:
+        wanted = dataclasses.asdict(target.shape)
+        cell = next((c for c in cells if c["shape"] == wanted), None)
+        entries = cell["versions"] if cell else []
+        entry: dict[str, Any] = next((e for e in entries if e["name"] == target.version), {})
+        share, memory = entry.get("share"), entry.get("memory")
+        verdicts.append(
+            {
+                "name": str(target.shape),
+                "version": target.version,
+                "share": share,
+                "must": target.must,
+                "aim": target.aim,
+                "must_reached": None if share is None else share >= target.must,
+                "aim_reached": None if share is None else share >= target.aim,
+                "memory": memory,
+                "memory_must_reached": None if memory is None else memory <= MEMORY_MUST,
+                "memory_aim_reached": None if memory is None else memory <= MEMORY_AIM,
+            }
+        )
+    return verdicts
+
+
+def choose_shapes(shapes: str, batch: int | None) -> tuple[DecoderShape, ...]:
+    """The shapes that the options name, with another physical batch if one is given.
+
+    Raises:
+        BenchError: for the full shapes on a machine without an accelerator, or a bad batch.
+    """
+    if shapes == "all" and jax.default_backend() == "cpu":
+        raise BenchError("the full shapes need an accelerator; on a CPU use --shapes cpu.")
+    if batch is not None and batch < 1:
+        raise BenchError(f"--batch {batch}: allowed is a whole number >= 1.")
+    chosen = decoder.SHAPES[shapes]
+    return chosen if batch is None else tuple(dataclasses.replace(s, batch=batch) for s in chosen)
+
+
+def run(
+    *,
+    shapes: str = "all",
+    batch: int | None = None,
+    only: str | None = None,
+    quick: bool = False,
+    budget: float = 420.0,
+    plan: Plan | None = None,
+    json_path: Path | None = None,
+    command: str = "dpfa bench clipping",
+    progress: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measures the steps and judges the targets.
+
+    Args:
+        shapes: ``'all'`` (an accelerator's), ``'cpu'`` or ``'small'`` (to see that it works).
+        batch: another physical batch for every shape; its targets then do not apply.
+        only: measure only shapes whose name holds this text.
+        quick: only the versions that the targets are about, and jax_privacy.
+        budget: seconds after which no further shape is begun.
+        plan: how many samples; None is the usual.
+        json_path: written after every shape.
+        command: as typed, for the record.
+        progress: called with one line for each shape.
+
+    Returns:
+        The contents of the JSON file.
+
+    Raises:
+        BenchError: if the shapes cannot be measured here.
+    """
+    start = time.monotonic()
+    plan = plan or Plan(samples=21, sample_seconds=0.005, version_seconds=30.0, least=5)
+    chosen = [s for s in choose_shapes(shapes, batch) if only is None or only in str(s)]
+    if not chosen:
+        names = ", ".join(str(s) for s in decoder.SHAPES[shapes])
+        raise BenchError(f"--only {only!r}: none of the shapes holds this text: {names}.")
+    measured = [v for v in steps.VERSIONS if v.for_targets or not quick]
+    versions = package_versions() | package_versions(_PACKAGES)
+    result: dict[str, Any] = {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "card": jax.devices()[0].device_kind,
+        "versions": versions,
+        "plan": dataclasses.asdict(plan),
+        "cells": [],
+        "targets": [],
+    }
+    for shape in chosen:
+        spent = time.monotonic() - start
+        if spent > budget:
+            why = f"not measured: the time budget of {budget:.0f} s was spent"
+            entries = [{"name": v.name, "error": why} for v in measured]
+            cell = {"shape": dataclasses.asdict(shape), "versions": entries, "explanation": ""}
+        else:
+            progress(f"[{spent:4.0f} s] {shape}")
+            cell = measure_shape(shape, measured, plan)
+        result["cells"].append(cell)
+        result["targets"] = judge(result["cells"])
+        result["seconds"] = round(time.monotonic() - start, 1)
+        if json_path is not None:
+            write_json(json_path, result)
+    return result
+
+
+def print_result(result: dict[str, Any], console: Console | None = None) -> None:
+    """Each shape's table, what failed and why, and the targets."""
+    console = console or Console()
+    console.print(
+        f"{result['card']}, jax {result['versions']['jax']}, {result['date']}. Steps with noise "
+        "and AdamW; share of the non-private throughput [95 % bootstrap interval]; peak memory "
+        "over the non-private step's.",
+        highlight=False,
+    )
+    for cell in result["cells"]:
+        shape = DecoderShape(**cell["shape"])
+        table = Table(title=str(shape), title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("step")
+        for name in ("ms", "±", "share", "memory"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for entry in cell["versions"]:
+            if "error" in entry:
+                continue
+            low, high = entry.get("interval", (math.nan, math.nan))
+            memory = entry.get("memory")
+            table.add_row(
+                entry["name"],
+                f"{entry['median_ms']:.4g}",
+                f"{entry['quartile_distance_ms']:.2g}",
+                f"{entry.get('share', math.nan):.3f} [{low:.3f}, {high:.3f}]",
+                "–" if memory is None else f"{memory:.2f}",
+            )
+        console.print(table)
+        for entry in cell["versions"]:
+            if "error" in entry:
+                console.print(f"  {entry['name']}: {entry['error']}", markup=False, highlight=False)
+    for target in result["targets"]:
+        if target["share"] is not None:
+            reached = "met" if target["must_reached"] else "missed"
+            aim = "met" if target["aim_reached"] else "missed"
+            console.print(
+                f"{target['version']}, {target['name']}: {target['share']:.3f}, "
+                f"must {target['must']:.2f} {reached}, aim {target['aim']:.2f} {aim}",
+                highlight=False,
+            )

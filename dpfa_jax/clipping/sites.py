@@ -1,0 +1,229 @@
+"""Norms and weighted sums of a leaf's per-example gradients, from what its sites read.
+
+Every site's gradient is a sum of outer products over its rows (positions, steps), and so
+is a sum over several sites with one layout:
+
+    P = Σ_t l_t ⊗ r_t          l: [T, A],  r: [T, B],  P: [A, B]
+    ‖P‖² = Σ_{t,t'} (l_t·l_t') (r_t·r_t')                  the Gram form
+    Σ_n f_n P_n = Lᵀ (f R)     rows of all examples together
+
+The Gram form needs no P in memory. With the rows of all sites of a leaf together in t, the
+terms between different sites are in it like all others: a tied embedding is one gradient.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+from dpfa_jax.clipping.recognise import Axes, Site
+from dpfa_jax.clipping.views import to_leaf
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+# Gram matrices are rounded: relative to Σ_t |l_t||r_t|, which cancellation may leave far
+# above ‖P‖, the square of the norm is off by about 2⁻²³. It is raised by this share of it,
+# so that rounding clips more and never less.
+_ROUNDING = 2.0**-20
+# And by this for squares that vanish below float32's normal range.
+_TINY = 2.0**-126
+
+
+class Factor(NamedTuple):
+    """One side of the outer products: rows, or the numbers of rows of an identity.
+
+    Attributes:
+        rows: floating [n, s, t, width]; or int32 [n, s, t], -1 for a row of zeros.
+        width: its width.
+    """
+
+    rows: jax.Array
+    width: int
+
+    @property
+    def is_index(self) -> bool:
+        """Whether ``rows`` are numbers."""
+        return self.rows.ndim == 3
+
+
+Block = tuple[Factor, Factor]
+
+
+def factors(site: Site, operand: jax.Array, cotangent: jax.Array) -> Block:
+    """A site's left and right factor, from what was read there (leading axis: examples)."""
+    given = _canonical(site, cotangent, site.cotangent_axes)
+    if site.kind == "conv":
+        operand = _patches(site, operand)
+    rows = _canonical(site, operand, site.operand_axes)
+    _, _, left, right = site.sizes
+    widths = (left, right) if site.operand_is_left else (right, left)
+    if site.kind in ("gather", "dynamic_slice"):
+        rows = rows[..., 0]
+        # A row that was not read from the table gave it no gradient.
+        given = jnp.where((rows >= 0)[..., None], given, 0)
+    pair = (Factor(rows, widths[0]), Factor(given, widths[1]))
+    return pair if site.operand_is_left else pair[::-1]
+
+
+def _canonical(site: Site, x: jax.Array, axes: Axes) -> jax.Array:
+    """[examples, *scans, *rest] as [examples, stacked, summed, kept]."""
+    depth = len(site.scans)
+    groups: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for d in range(depth):
+        groups[0 if d in site.view.stacked else 1].append(1 + d)
+    for group, more in zip(groups, axes, strict=True):
+        group.extend(1 + depth + i for i in more)
+    x = jnp.transpose(x, (0, *groups[0], *groups[1], *groups[2]))
+    sizes = iter(x.shape[1:])
+    merged = [math.prod(next(sizes) for _ in group) for group in groups]
+    return x.reshape(x.shape[0], *merged)
+
+
+def _patches(site: Site, x: jax.Array) -> jax.Array:
+    """[examples, *scans, batch, *output positions, input features, *window]."""
+    p = site.params
+    numbers = p["dimension_numbers"]
+    lead = x.shape[: x.ndim - len(site.operand_shape)]
+    x = jnp.transpose(x.reshape(-1, *site.operand_shape), (0, *(1 + i for i in numbers.lhs_spec)))
+    merged = x.reshape(-1, *x.shape[2:])
+    window = tuple(site.view.shape[i] for i in numbers.rhs_spec[2:])
+    patches = jax.lax.conv_general_dilated_patches(
+        merged,
+        window,
+        p["window_strides"],
+        p["padding"],
+        p["lhs_dilation"],
+        p["rhs_dilation"],
+        precision=_HIGHEST,
+    )
+    space = patches.shape[2:]
+    patches = jnp.moveaxis(patches, 1, -1)
+    return patches.reshape(*lead, x.shape[1], *space, x.shape[2], *window)
+
+
+def merged(blocks: Sequence[Block]) -> list[Block]:
+    """Blocks of one kind as one block with the rows of all."""
+    kinds: dict[tuple[bool, bool, jnp.dtype, jnp.dtype], list[Block]] = {}
+    for left, right in blocks:
+        key = (left.is_index, right.is_index, left.rows.dtype, right.rows.dtype)
+        kinds.setdefault(key, []).append((left, right))
+    result = []
+    for group in kinds.values():
+        sides = zip(*group, strict=True)
+        left, right = (
+            Factor(jnp.concatenate([f.rows for f in side], axis=2), side[0].width)
+            if len(side) > 1
+            else side[0]
+            for side in sides
+        )
+        result.append((left, right))
+    return result
+
+
+def squared_norms(blocks: Sequence[Block]) -> Float32[Array, "n"]:
+    """‖P_n‖² of each example, not below its true value by more than rounding's allowance.
+
+    Args:
+        blocks: those of all sites of one leaf, all of one layout.
+    """
+    total: jax.Array | None = None
+    outer = tiny = jnp.float32(0.0)
+    for i, first in enumerate(blocks):
+        for j, second in enumerate(blocks[i:], i):
+            left, right = (_gram(a, b) for a, b in zip(first, second, strict=True))
+            part = jnp.sum(left * right, axis=(1, 2, 3))
+            part = part if i == j else 2.0 * part
+            total = part if total is None else total + part
+            if i == j:
+                on_left, on_right = (jnp.diagonal(g, axis1=2, axis2=3) for g in (left, right))
+                outer = outer + jnp.sum(
+                    jnp.sqrt(jnp.maximum(on_left, 0.0) * jnp.maximum(on_right, 0.0)), axis=(1, 2)
+                )
+                rows = on_left.shape[2]
+                tiny = tiny + rows * (
+                    first[1].width * jnp.sum(on_left, axis=(1, 2))
+                    + first[0].width * jnp.sum(on_right, axis=(1, 2))
+                )
+    assert total is not None
+    return jnp.maximum(total, 0.0) + _ROUNDING * outer * outer + _TINY * tiny
+
+
+def _gram(a: Factor, b: Factor) -> Float32[Array, "n s t u"]:
+    """Products of all rows of ``a`` with all rows of ``b``, float32."""
+    if a.is_index and b.is_index:
+        same = a.rows[..., :, None] == b.rows[..., None, :]
+        return (same & (a.rows >= 0)[..., :, None]).astype(jnp.float32)
+    if a.is_index:
+        return jnp.swapaxes(_gram(b, a), 2, 3)
+    if b.is_index:
+        ids = jnp.broadcast_to(
+            jnp.maximum(b.rows, 0)[:, :, None, :], (*a.rows.shape[:3], b.rows.shape[2])
+        )
+        picked = jnp.take_along_axis(a.rows, ids, axis=3).astype(jnp.float32)
+        return jnp.where((b.rows >= 0)[:, :, None, :], picked, 0.0)
+    return jnp.einsum(
+        "nstk,nsuk->nstu",
+        *_alike(a.rows, b.rows),
+        precision=_HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both in float32, unless they have one dtype."""
+    if a.dtype == b.dtype:
+        return a, b
+    return a.astype(jnp.float32), b.astype(jnp.float32)
+
+
+def weighted_sum(
+    site: Site, blocks: Sequence[Block], factor: Float32[Array, "n"] | None
+) -> Float32[Array, "..."]:
+    """Σ_n f_n P_n with the shape of the leaf.
+
+    Args:
+        site: any of the sites, for the layout.
+        blocks: of all of them.
+        factor: f; None means ones.
+    """
+    stack, _, left, right = site.sizes
+    total = jnp.zeros((stack, left, right), jnp.float32)
+    for a, b in blocks:
+        if factor is not None:
+            # The narrower side is scaled: less to write.
+            index_first = a.is_index or (not b.is_index and a.width > b.width)
+            a, b = (a, _scaled(b, factor)) if index_first else (_scaled(a, factor), b)
+        if a.is_index or b.is_index:
+            total = total + _scatter(a, b, stack)
+        else:
+            total = total + jnp.einsum(
+                "nsta,nstb->sab",
+                *_alike(a.rows, b.rows),
+                precision=_HIGHEST,
+                preferred_element_type=jnp.float32,
+            )
+    base = site.view.base_shape
+    lead = [n for d, n in enumerate(site.scans) if d in site.view.stacked]
+    dims = (*site.stack_dims, *site.left_dims, *site.right_dims)
+    total = total.reshape(*lead, *(base[i] for i in dims))
+    order = sorted(range(len(dims)), key=dims.__getitem__)
+    total = jnp.transpose(total, (*range(len(lead)), *(len(lead) + i for i in order)))
+    return to_leaf(total, site.view.steps, len(lead))
+
+
+def _scaled(x: Factor, factor: jax.Array) -> Factor:
+    rows = x.rows.astype(jnp.float32) * factor[:, None, None, None]
+    return Factor(rows.astype(x.rows.dtype), x.width)
+
+
+def _scatter(a: Factor, b: Factor, stack: int) -> Float32[Array, "s a b"]:
+    """Σ of the rows of one side, each at the place that the other side's number names."""
+    index, rows = (a, b) if a.is_index else (b, a)
+    # Rows with the number -1 hold zeros.
+    place = jnp.maximum(index.rows, 0)
+    zeros = jnp.zeros((stack, index.width, rows.width), jnp.float32)
+    where = jnp.broadcast_to(jnp.arange(stack)[None, :, None], place.shape)
+    summed = zeros.at[where, place].add(rows.rows.astype(jnp.float32))
+    return summed if a.is_index else jnp.swapaxes(summed, 1, 2)

@@ -1,0 +1,75 @@
+"""Norms of sites: never understated, exact to rounding, float32 for any dtype."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from clipping_models import MODELS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpfa_jax import clipped_grad
+from dpfa_jax.clipping.sites import Factor, squared_norms
+
+
+def norms(left, right):
+    block = (Factor(left[:, None], left.shape[-1]), Factor(right[:, None], right.shape[-1]))
+    return np.asarray(squared_norms([block]), np.float64)
+
+
+def true_norms(left, right):
+    product = np.einsum("nta,ntb->nab", np.asarray(left, np.float64), np.asarray(right, np.float64))
+    return np.sum(product**2, axis=(1, 2))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.floats(-8, 8), st.floats(-8, 8),
+    st.floats(0, 7), st.integers(0, 2**31),
+)  # fmt: skip
+def test_cancellation_never_understates_a_norm(rows, left, right, a, b, gap, seed):
+    """Rows that nearly cancel: ‖Σ l⊗r‖ far below Σ |l||r|, where Gram matrices lose digits."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(2, 1, left)) + 10.0**-gap * rng.normal(size=(2, rows, left))
+    g = rng.normal(size=(2, rows, right))
+    g -= g.mean(axis=1, keepdims=True) * (1.0 - 10.0**-gap)
+    x, g = jnp.asarray(x * 10.0**a, jnp.float32), jnp.asarray(g * 10.0**b, jnp.float32)
+    true, found = true_norms(x, g), norms(x, g)
+    assert (found >= true * (1 - 1e-6)).all()
+    outer = np.sum(np.linalg.norm(x, axis=2) * np.linalg.norm(g, axis=2), axis=1)
+    assert (found <= true + 3e-6 * outer**2 + 1e-30).all()
+
+
+@pytest.mark.parametrize(("a", "b"), [(1e18, 1e-19), (1e-19, 1e18), (1e-25, 1e3), (1e15, 1e-22)])
+def test_squares_that_vanish_in_float32_are_not_lost(a, b):
+    """|g|² = 0 in float32, and |x||g| is not."""
+    x, g = jnp.full((1, 3, 4), a, jnp.float32), jnp.full((1, 3, 5), b, jnp.float32)
+    true = 9 * 4 * 5 * (float(x[0, 0, 0]) * float(g[0, 0, 0])) ** 2
+    # Below 1e-9, the least clip norm, a norm may vanish.
+    assert norms(x, g)[0] >= true * (1 - 1e-5) or true < 1e-20
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_norms_of_short_rows_are_float32(dtype):
+    """4,096 equal products: a bfloat16 sum would stall at 256."""
+    x = jnp.ones((1, 64, 64), dtype)
+    np.testing.assert_allclose(norms(x, x), [64.0**4], rtol=1e-3)
+    assert squared_norms([(Factor(x[:, None], 64),) * 2]).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "name", ["shared_weights", "rnn", "scanned_layers", "bfloat16_mlp", "slices_and_casts"]
+)
+def test_no_example_contributes_more_than_c(name):
+    """By itself in a batch, far above C: its contribution's norm in float64."""
+    loss, params, batch = MODELS[name]()
+    numbers = range(1, 1 + len(batch))
+    count = len(batch[0])
+    for engine in ("bookkeeping", "two_pass"):
+        for clip in (3e-2,):
+            grad = clipped_grad(loss, l2_clip_norm=clip, engine=engine, batch_argnums=numbers)
+            call = jax.jit(lambda p, g=grad: g(params, *batch, is_padding_example=p))
+            for i in range(0, count, 2):
+                leaves = jax.tree.leaves(call(jnp.arange(count) != i))
+                norm = np.sqrt(sum(np.sum(np.asarray(x, np.float64) ** 2) for x in leaves))
+                assert norm <= clip

@@ -27,6 +27,15 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="where checkpoints, ledger and report go (default: runs/NAME of the file)",
     )
+    train.add_argument(
+        "--ledger",
+        default=None,
+        metavar="PATH_OR_URL",
+        help="charge a shared ledger instead of one in the run's directory",
+    )
+    train.add_argument(
+        "--parent", default=None, metavar="SCOPE", help="the scope there that pays as well"
+    )
     _add_bench(commands)
     doctor = commands.add_parser(
         "doctor", help="which attention implementation each feature gets here, and why"
@@ -115,7 +124,7 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
     print(f"every sample: {args.json}")
 
 
-def _train(config_path: Path, run_dir: Path | None) -> None:
+def _train(config_path: Path, run_dir: Path | None, ledger: str | None, parent: str | None) -> None:
     # Checked before JAX and the data are touched: a wrong key should answer at once.
     from dpfa_jax.train.config import load_config
 
@@ -123,7 +132,7 @@ def _train(config_path: Path, run_dir: Path | None) -> None:
     from dpfa_jax.train.loop import run
 
     run_dir = run_dir or Path("runs") / config_path.stem
-    report = run(config, run_dir)
+    report = run(config, run_dir, ledger=ledger, parent=parent)
     print(report["guarantee"])
     print(
         f"validation loss {report['validation_loss']:.3f} nats a byte "
@@ -147,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         if args.command == "train":
-            _train(args.config, args.run_dir)
+            _train(args.config, args.run_dir, args.ledger, args.parent)
         elif args.command == "bench":
             _bench(args, argv)
         else:

@@ -18,9 +18,5 @@ REGION = N_("region")
 STEPS = N_("steps")
 BATCH = N_("batch size")
 NOISE = N_("noise multiplier")
-LEAST = N_(
-    "Noise multiplier {noise} spends ε = {epsilon} at δ = {delta} in {steps} steps."
-)
-NO_LAW = N_(
-    "No law sets ε or δ: policies are editable starting points and no legal advice."
-)
+LEAST = N_("Noise multiplier {noise} spends ε = {epsilon} at δ = {delta} in {steps} steps.")
+NO_LAW = N_("No law sets ε or δ: policies are editable starting points and no legal advice.")

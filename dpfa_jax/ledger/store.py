@@ -157,10 +157,10 @@ class Store:
             tables = set(sa.inspect(connection).get_table_names())
             if HEAD.name in tables:
                 found = connection.execute(sa.select(HEAD.c.format)).scalar()
+                if found is None:
+                    raise ChainError(0, "the note of the last entry is missing")
                 if found != FORMAT:
-                    raise LedgerError(
-                        errors.FORMAT, ledger=self.name, found=found or "?", format=FORMAT
-                    )
+                    raise LedgerError(errors.FORMAT, ledger=self.name, found=found, format=FORMAT)
             elif {"budgets", "charges"} <= tables:
                 raise LedgerError(errors.FORMAT, ledger=self.name, found=1, format=FORMAT)
             elif tables and self.path is not None:
@@ -219,7 +219,8 @@ class Store:
     def rows(self, connection: sa.Connection, after: int = -1) -> Iterable[Any]:
         """All rows of entries behind number ``after``, in order."""
         query = sa.select(*ENTRIES.c).where(ENTRIES.c.number > after).order_by(ENTRIES.c.number)
-        return connection.execution_options(yield_per=10_000).execute(query)
+        # On the statement: on the connection it would hold for later ones, too.
+        return connection.execute(query.execution_options(yield_per=10_000))
 
     def row(self, connection: sa.Connection, number: int) -> Any:
         """The row of one entry, or None."""

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dpfa_jax import budget_cli
+from dpfa_jax.messages import language
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -36,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--parent", default=None, metavar="SCOPE", help="the scope there that pays as well"
     )
+    budget_cli.add_parser(commands)
     _add_bench(commands)
     doctor = commands.add_parser(
         "doctor", help="which attention implementation each feature gets here, and why"
@@ -47,6 +51,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="measure attention on this machine")
     kinds = bench.add_subparsers(dest="kind", required=True)
+    ledger = kinds.add_parser("ledger", help="what a charge costs, and a large composition")
+    ledger.add_argument("--charges", type=int, default=1000, help="default: %(default)s")
+    ledger.add_argument("--folder", type=Path, default=None, help="where the file goes")
+    ledger.add_argument(
+        "--json",
+        type=Path,
+        default=Path("runs/bench_ledger.json"),
+        metavar="PATH",
+        help="the result (default: %(default)s)",
+    )
     attention = kinds.add_parser(
         "attention",
         help="speed beside the peers that are installed",
@@ -111,6 +125,17 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
         path = tune.run(backends=args.backend, budget=args.budget, **more)
         print(f"block sizes: {path}")
         return
+    if args.kind == "ledger":
+        from dpfa_jax.bench import ledger
+
+        found = ledger.run(
+            charges=args.charges,
+            folder=args.folder,
+            json_path=args.json,
+            command=shlex.join(["dpfa", *argv]),
+        )
+        print(ledger.show(found))
+        return
     from dpfa_jax.bench import attention, peers, tables
 
     result = attention.run(
@@ -157,6 +182,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "train":
             _train(args.config, args.run_dir, args.ledger, args.parent)
+        elif args.command == "budget":
+            return budget_cli.run(args)
         elif args.command == "bench":
             _bench(args, argv)
         else:
@@ -169,9 +196,14 @@ def main(argv: list[str] | None = None) -> int:
         from dpfa_jax.train.schema import ConfigError
         from pallas_kernels.attention.tuning import CacheError
 
-        if not isinstance(error, LedgerError | ConfigError | BenchError | CacheError):
+        known = LedgerError | ConfigError | BenchError | CacheError
+        # Of "budget" every ValueError is about an argument: it reads nothing else.
+        if not isinstance(error, known) and args.command != "budget":
             raise
-        print(f"dpfa: {error}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, LedgerError):
+            text = error.message.show(getattr(args, "language", None) or language())
+        print(f"dpfa: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         continues = args.command == "train"

@@ -24,8 +24,9 @@ def _strict_dtypes():
 def pytest_collection_modifyitems(config, items):
     """Deselects (and counts) tests for what is not here.
 
-    Tests of PostgreSQL where its server is not installed; CI installs it. GPU tests where there is no GPU: they run on a device run. Tests that compile for other
-    machines unless ``-m`` asks for them: they need compilers that the suite does without.
+    GPU tests where there is no GPU: they run on a device run. Tests of PostgreSQL where its
+    server is not installed; CI installs it. Tests that compile for other machines unless ``-m``
+    asks for them: they need compilers that the suite does without.
     """
     absent = set()
     if not (shutil.which("initdb") or list(Path("/usr/lib/postgresql").glob("*/bin/initdb"))):

@@ -61,6 +61,7 @@ class Ledger:
     Args:
         where: a path (SQLite; created if it does not exist), or a URL
             ``postgresql://user@host/database`` (needs the extra ``postgres``).
+        create: False: a ledger that is not there is an error, and nothing is written.
         timeout: how long to wait for another process's lock, in seconds.
         clock: seconds since 1970; for tests.
 
@@ -88,6 +89,7 @@ class Ledger:
         self,
         where: str | Path,
         *,
+        create: bool = True,
         timeout: float = 30.0,
         clock: Callable[[], float] = time.time,
     ):
@@ -98,10 +100,13 @@ class Ledger:
         self._state = State()
         self._store = Store(where, timeout)
         self.path = self._store.path
-        self._store.create(
-            seal(None, time=self._now(0), kind="ledger", scope="", label=None,
-                 body={"format": FORMAT, "software": _software()})
-        )  # fmt: skip
+        if create:
+            body = {"format": FORMAT, "software": _software()}
+            self._store.create(
+                seal(None, time=self._now(0), kind="ledger", scope="", label=None, body=body)
+            )
+        else:
+            self._store.check()
         with self._reading():
             pass
 
@@ -109,6 +114,11 @@ class Ledger:
     def name(self) -> str:
         """The path or URL, without a password."""
         return self._store.name
+
+    def close(self) -> None:
+        """Closes the connection; using the ledger again opens another."""
+        with self._lock:
+            self._store.close()
 
     # --- transactions -------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ its process or connection.
 """
 
 import contextlib
+import os
 import sqlite3
 import urllib.parse
 from collections.abc import Iterable, Iterator
@@ -57,6 +58,8 @@ _APPEND_ONLY = {
         "FOR EACH STATEMENT EXECUTE FUNCTION ledger_refuse()",
     ],
 }
+# Connections of the parent that a fork must not use, nor close.
+_INHERITED: list[sa.Pool] = []
 # Any number, the same for everybody who creates a ledger.
 _CREATION_LOCK = 0x6470_6661
 
@@ -95,6 +98,8 @@ class Store:
 
     def __init__(self, where: str | Path, timeout: float):
         self._timeout = timeout
+        self._may_create = True
+        self._connected: tuple[int, tuple[Any, ...]] | None = None
         text = str(where)
         self.path = None if "://" in text else Path(where)
         if self.path is None:
@@ -108,8 +113,8 @@ class Store:
         try:
             engine = sa.create_engine(
                 url.set(drivername="postgresql+psycopg"),
-                # A fork must not share a connection; one a transaction is fast enough.
-                poolclass=sa.pool.NullPool,
+                pool_size=1,
+                pool_pre_ping=True,
                 connect_args={"connect_timeout": max(2, int(self._timeout))},
             )
         except ModuleNotFoundError:
@@ -121,8 +126,6 @@ class Store:
         return name, engine
 
     def _file(self, path: Path) -> sa.Engine:
-        self._may_create = True
-
         def connect() -> sqlite3.Connection:
             mode = "rwc" if self._may_create else "rw"
             uri = f"file:{urllib.parse.quote(str(path.absolute()))}?mode={mode}"
@@ -133,7 +136,37 @@ class Store:
             database.execute("PRAGMA synchronous = FULL")
             return database
 
-        return sa.create_engine("sqlite://", creator=connect, poolclass=sa.pool.NullPool)
+        # One connection is kept: the last one that closes empties the log, with four more
+        # writes to the disk.
+        return sa.create_engine(
+            "sqlite://", creator=connect, poolclass=sa.pool.QueuePool, pool_size=1
+        )
+
+    def _files(self) -> tuple[Any, ...]:
+        """Which files the path names now: another file of that name is another ledger."""
+        if self.path is None:
+            return ()
+        found = []
+        for path in (self.path, self.path.with_name(f"{self.path.name}-wal")):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                found.append((status.st_dev, status.st_ino))
+        return tuple(found)
+
+    def _reconnect(self) -> None:
+        """Lets go of connections that are another process's, or to files that are gone."""
+        known, now = self._connected, (os.getpid(), self._files())
+        if known is not None and known != now:
+            forked = known[0] != now[0]
+            if forked:
+                _INHERITED.append(self._engine.pool)
+            self._engine.dispose(close=not forked)
+            self._connected = None
+
+    def close(self) -> None:
+        """Closes the connection; the next transaction opens another."""
+        self._engine.dispose(close=self._connected is None or self._connected[0] == os.getpid())
+        self._connected = None
 
     def _begin(self, connection: sa.Connection) -> None:
         writes = connection.get_execution_options().get("ledger_writes", True)
@@ -154,20 +187,7 @@ class Store:
         with self.transaction() as connection:
             if self.path is None:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_CREATION_LOCK)))
-            tables = set(sa.inspect(connection).get_table_names())
-            if HEAD.name in tables:
-                found = connection.execute(sa.select(HEAD.c.format)).scalar()
-                if found is None:
-                    raise ChainError(0, "the note of the last entry is missing")
-                if found != FORMAT:
-                    raise LedgerError(errors.FORMAT, ledger=self.name, found=found, format=FORMAT)
-            elif {"budgets", "charges"} <= tables:
-                raise LedgerError(errors.FORMAT, ledger=self.name, found=1, format=FORMAT)
-            elif tables and self.path is not None:
-                raise LedgerError(
-                    errors.FORMAT, ledger=self.name, found=", ".join(sorted(tables)), format=FORMAT
-                )
-            else:
+            if not self._is_ledger(connection):
                 _METADATA.create_all(connection)
                 for statement in _APPEND_ONLY[connection.dialect.name]:
                     connection.exec_driver_sql(statement)
@@ -178,6 +198,29 @@ class Store:
                 )
         self._may_create = False
 
+    def check(self) -> None:
+        """Raises LedgerError unless a ledger is there."""
+        self._may_create = False
+        with self.transaction(writes=False) as connection:
+            if not self._is_ledger(connection):
+                raise LedgerError(errors.FORMAT, ledger=self.name, found="empty", format=FORMAT)
+
+    def _is_ledger(self, connection: sa.Connection) -> bool:
+        """Whether a ledger of this format is there, or nothing; else raises."""
+        tables = set(sa.inspect(connection).get_table_names())
+        found: Any = None
+        if HEAD.name in tables:
+            found = connection.execute(sa.select(HEAD.c.format)).scalar()
+            if found is None:
+                raise ChainError(0, "the note of the last entry is missing")
+        elif {"budgets", "charges"} <= tables:
+            found = 1
+        elif tables and self.path is not None:
+            found = ", ".join(sorted(tables))
+        if found not in (None, FORMAT):
+            raise LedgerError(errors.FORMAT, ledger=self.name, found=found, format=FORMAT)
+        return found == FORMAT
+
     @contextlib.contextmanager
     def transaction(self, *, writes: bool = True) -> Iterator[sa.Connection]:
         """A transaction: committed to disk when it ends, undone if it raises.
@@ -187,9 +230,15 @@ class Store:
             LedgerDamagedError: if the chain is broken.
         """
         try:
+            self._reconnect()
+            before = self._files()[:1]
             with self._engine.connect() as plain:
                 connection = plain.execution_options(ledger_writes=writes)
                 with connection.begin():
+                    if self._connected is None:
+                        self._connected = (os.getpid(), self._files())
+                        if before not in ((), self._files()[:1]):
+                            raise OSError("the file was exchanged while it was opened")
                     yield connection
         except ChainError as error:
             raise LedgerDamagedError(

@@ -309,6 +309,7 @@ def test_a_file_that_is_no_ledger(tmp_path):
 def test_a_file_that_is_damaged_later(ledger):
     for i in range(20):
         ledger.charge("s", f"step {i}", Gaussian(100.0))
+    ledger.close()  # Empties the log into the file.
     data = bytearray(ledger.path.read_bytes())
     data[100:] = b"\xff" * (len(data) - 100)
     ledger.path.write_bytes(data)
@@ -352,8 +353,9 @@ def test_a_deleted_ledger_is_not_silently_begun_anew(ledger):
         ledger.charge("s", "b", Gaussian(1.0))
 
 
-def test_a_copy_taken_between_charges_is_whole(ledger, tmp_path):
+def test_a_copy_of_a_closed_ledger_is_whole(ledger, tmp_path):
     ledger.charge("s", "a", Gaussian(2.0))
+    ledger.close()
     copy = tmp_path / "copy.sqlite"
     shutil.copy(ledger.path, copy)
     assert labels(Ledger(copy)) == ["a"]

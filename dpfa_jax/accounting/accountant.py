@@ -85,7 +85,9 @@ class Accountant:
         added = list(leaves(event, count))
         method = self.method
         for leaf, _ in added:
-            if _has(method, leaf, self._is_replace):
+            # Once by Rényi, 'auto' takes what either has (renyi_cost).
+            either = self._may_change and method == "rdp" and _has("pld", leaf, False)
+            if _has(method, leaf, self._is_replace) or either:
                 continue
             if not (self._may_change and _has("rdp", leaf, False)):
                 raise dp_accounting.UnsupportedEventError(

@@ -92,7 +92,10 @@ def renyi_cost(leaf: dp_accounting.DpEvent, adjacency: str, orders: tuple[float,
     if not is_replace or isinstance(leaf, dp_accounting.GaussianDpEvent):
         renyi = rdp.RdpAccountant(list(orders), relation.ADD_OR_REMOVE_ONE)
         if renyi.supports(leaf):
-            return RenyiCost(np.asarray(renyi.compose(leaf).rdp, float) * _CUSHION, 0.0)
+            rho = np.asarray(renyi.compose(leaf).rdp, float) * _CUSHION
+            # Its series for fractional orders does not always converge; it says inf then.
+            if np.isfinite(rho).all() or not _has_distribution(leaf, is_replace):
+                return RenyiCost(rho, 0.0)
     accountant = pld.PLDAccountant(
         relation.REPLACE_ONE if is_replace else relation.ADD_OR_REMOVE_ONE, INTERVAL
     )
@@ -103,6 +106,13 @@ def renyi_cost(leaf: dp_accounting.DpEvent, adjacency: str, orders: tuple[float,
     both = (accountant._pld._pmf_remove, accountant._pld._pmf_add)
     costs = [_from_pmf(pmf.to_dense_pmf(), orders) for pmf in both]
     return costs[0].largest(costs[1])
+
+
+def _has_distribution(leaf: dp_accounting.DpEvent, is_replace: bool) -> bool:
+    relation = dp_accounting.NeighboringRelation
+    return pld.PLDAccountant(
+        relation.REPLACE_ONE if is_replace else relation.ADD_OR_REMOVE_ONE
+    ).supports(leaf)
 
 
 def _from_pmf(pmf: object, orders: tuple[float, ...]) -> RenyiCost:
@@ -136,16 +146,18 @@ class Orders(NamedTuple):
         With L = log(2/δ), the first maximises what a Gaussian may spend, (ε − L/(α−1))/α, and
         has half of δ: α − 1 = (L + √(L² + εL))/ε. Two are nearer to 1, for sampled Gaussians,
         whose cost at high orders explodes; two are farther, for reports of a budget of which
-        little is spent.
+        little is spent. Whole numbers above 2: their formulas are exact.
 
         Example:
-            >>> [round(a, 1) for a in Orders.for_budget(1.0, 1e-5).alphas]
-            [25.9, 13.5, 7.2, 50.8, 100.6]
+            >>> [round(a) for a in Orders.for_budget(1.0, 1e-5).alphas]
+            [26, 13, 7, 51, 101]
         """
         log = math.log(2 / delta)
         best = (log + math.sqrt(log * log + epsilon * log)) / epsilon
         factors = (1, 1 / 2, 1 / 4, 2, 4)
-        return cls(tuple(1 + best * f for f in factors), (0.5, 0.15, 0.1, 0.15, 0.1))
+        exact = (1 + best * f for f in factors)
+        alphas = tuple(float(round(a)) if a > 2 else a for a in exact)
+        return cls(alphas, (0.5, 0.15, 0.1, 0.15, 0.1))
 
     def epsilon(self, cost: RenyiCost, delta: float) -> float:
         """The odometer: ε_t that holds at ``delta``, at all times at once.

@@ -4,26 +4,27 @@ The (approximate) Rényi cost of an event at order α is a pair (ρ, δ₀): out
 probability at most δ₀, the divergence of order α between neighbours is at most ρ.
 
 Filter and odometer. Let ρ_t be the sum of the costs charged up to step t, each chosen with
-full knowledge of the releases before it, its own cost fixed before its own release. Then
-exp((α−1)(L_t − ρ_t)) is a non-negative supermartingale, L_t being the privacy loss, and by
-Ville's inequality P(some t has L_t > ρ_t + log(1/δ)/(α−1)) <= δ. So
+full knowledge of the releases before it, its own cost fixed before its own release, and L_t the
+privacy loss of everything up to t. Then exp((α−1)(L_t − ρ_t)) is a non-negative supermartingale
+that starts at 1, so its mean at any stopping time T is at most 1. With max(0, 1 − e^(−x)) <=
+c·e^((α−1)x), c = (α−1)^(α−1)/α^α, it follows that
 
-    ε_t = ρ_t + log(1/δ)/(α−1)
+    ε_t = ρ_t + log(c/δ)/(α−1)     has     E max(0, 1 − exp(ε_T − L_T)) <= δ
 
-holds at every time at once: reported it is an odometer, and stopping before ε_t passes a
-limit is a filter. With several orders, each gets a share of δ (union bound) and the least
-ε_t counts.
+at every stopping time T, whatever chose it by looking at the releases. Reported, ε_t is an
+odometer; stopping before it passes a limit ε is a filter, and everything together is
+(ε, δ)-differentially private. With several orders, each gets a share of δ and the least ε_t counts.
 
 Sources: V. Feldman and T. Zrnic, Individual privacy accounting via a Rényi filter (NeurIPS
 2021), theorem 4.5 (fixed order, adaptive costs); M. Lécuyer, Practical privacy filters and
-odometers with Rényi differential privacy (2021), section 4; J. Whitehouse, A. Ramdas, R.
-Rogers, S. Wu, Fully-adaptive composition in differential privacy (ICML 2023), section 3 (Ville's
-inequality). docs/budget.md has the proof.
+odometers with Rényi differential privacy (2021), section 4; C. Canonne, G. Kamath, T. Steinke, The
+discrete Gaussian for differential privacy (2020), proposition 12 (the constant c). docs/budget.md
+has the proof.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import dp_accounting
 import numpy as np
@@ -143,24 +144,24 @@ class Orders(NamedTuple):
     def for_budget(cls, epsilon: float, delta: float) -> "Orders":
         """Five orders that suit a budget; a function of it alone, so fixed beforehand.
 
-        With L = log(2/δ), the first maximises what a Gaussian may spend, (ε − L/(α−1))/α, and
-        has half of δ: α − 1 = (L + √(L² + εL))/ε. Two are nearer to 1, for sampled Gaussians,
-        whose cost at high orders explodes; two are farther, for reports of a budget of which
-        little is spent. Whole numbers above 2: their formulas are exact.
+        The first lets Gaussians spend most, (ε − log(c/δ)/(α−1))/α, and has half of δ. Two are
+        nearer to 1, for sampled Gaussians, whose cost at high orders explodes; two are farther, for
+        reports of a budget of which little is spent. Whole numbers above 2: their formulas are
+        exact.
 
         Example:
             >>> [round(a) for a in Orders.for_budget(1.0, 1e-5).alphas]
-            [26, 13, 7, 51, 101]
+            [19, 10, 6, 37, 73]
         """
-        log = math.log(2 / delta)
-        best = (log + math.sqrt(log * log + epsilon * log)) / epsilon
-        factors = (1, 1 / 2, 1 / 4, 2, 4)
-        exact = (1 + best * f for f in factors)
+        grid = np.concatenate([np.arange(1.02, 2.0, 0.02), np.arange(2.0, 5000.0)])
+        may_spend = (epsilon - _conversion(grid, delta / 2)) / grid
+        best = float(grid[np.argmax(may_spend)]) - 1
+        exact = (1 + best * f for f in (1, 1 / 2, 1 / 4, 2, 4))
         alphas = tuple(float(round(a)) if a > 2 else a for a in exact)
         return cls(alphas, (0.5, 0.15, 0.1, 0.15, 0.1))
 
     def epsilon(self, cost: RenyiCost, delta: float) -> float:
-        """The odometer: ε_t that holds at ``delta``, at all times at once.
+        """The odometer: ε_t that holds at ``delta``, at whatever time one stops.
 
         Example:
             >>> orders = Orders.for_budget(1.0, 1e-5)
@@ -172,10 +173,16 @@ class Orders(NamedTuple):
         left = delta - cost.delta * _CUSHION
         if not left > 0:
             return math.inf
-        return min(
-            float(rho) + math.log(1 / (share * left)) / (alpha - 1)
+        found = min(
+            float(rho + _conversion(alpha, share * left))
             for rho, alpha, share in zip(cost.rho, self.alphas, self.shares, strict=True)
         )
+        return max(0.0, found)
+
+
+def _conversion(alpha: Any, delta: float) -> Any:
+    """log(c/δ)/(α−1): what turns a Rényi cost of order α into ε at δ."""
+    return np.log((alpha - 1) / alpha) - (math.log(delta) + np.log(alpha)) / (alpha - 1)
 
 
 # For events fixed beforehand: no union bound is needed, the least ε over the orders holds.

@@ -394,7 +394,7 @@ class Ledger:
     def spent(self, scope: str, *, fine: bool = True) -> float:
         """ε of everything charged to ``scope`` and below, at the budget's δ.
 
-        With ``composition='adaptive'`` it is an odometer: it holds at all times at once.
+        With ``composition='adaptive'`` it is an odometer: it holds at whatever time one stops.
 
         Args:
             scope: an opened scope.
@@ -405,7 +405,7 @@ class Ledger:
             return self._state.epsilon(scope, fine=fine)
 
     def odometer(self, scope: str) -> float:
-        """ε at the budget's δ that holds at all times at once, however events were chosen."""
+        """ε at the budget's δ that holds whenever one stops, however events were chosen."""
         with self._reading():
             return self._state.odometer(scope)
 

@@ -188,7 +188,7 @@ class State:
         return scope.tree.orders.epsilon(base.plus(worst), scope.budget.delta)
 
     def odometer(self, name: str) -> float:
-        """ε that holds at every time at once, whatever chose the events."""
+        """ε that holds whenever one stops, whatever chose the events."""
         scope = self.need(name)
         if scope.fixed is None:
             return self.epsilon(name)

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dpfa_jax import budget_cli
+from dpfa_jax.messages import language
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -27,6 +30,16 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="where checkpoints, ledger and report go (default: runs/NAME of the file)",
     )
+    train.add_argument(
+        "--ledger",
+        default=None,
+        metavar="PATH_OR_URL",
+        help="charge a shared ledger instead of one in the run's directory",
+    )
+    train.add_argument(
+        "--parent", default=None, metavar="SCOPE", help="the scope there that pays as well"
+    )
+    budget_cli.add_parser(commands)
     _add_bench(commands)
     doctor = commands.add_parser(
         "doctor", help="which attention implementation each feature gets here, and why"
@@ -38,6 +51,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="measure attention and training on this machine")
     kinds = bench.add_subparsers(dest="kind", required=True)
+    ledger = kinds.add_parser("ledger", help="what a charge costs, and a large composition")
+    ledger.add_argument("--charges", type=int, default=1000, help="default: %(default)s")
+    ledger.add_argument("--folder", type=Path, default=None, help="where the file goes")
+    ledger.add_argument(
+        "--json",
+        type=Path,
+        default=Path("runs/bench_ledger.json"),
+        metavar="PATH",
+        help="the result (default: %(default)s)",
+    )
     attention = kinds.add_parser(
         "attention",
         help="speed beside the peers that are installed",
@@ -153,6 +176,17 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
         clipping.print_result(result)
         print(f"every sample: {args.json}")
         return
+    if args.kind == "ledger":
+        from dpfa_jax.bench import ledger
+
+        found = ledger.run(
+            charges=args.charges,
+            folder=args.folder,
+            json_path=args.json,
+            command=shlex.join(["dpfa", *argv]),
+        )
+        print(ledger.show(found))
+        return
     from dpfa_jax.bench import attention, peers, tables
 
     result = attention.run(
@@ -167,7 +201,7 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
     print(f"every sample: {args.json}")
 
 
-def _train(config_path: Path, run_dir: Path | None) -> None:
+def _train(config_path: Path, run_dir: Path | None, ledger: str | None, parent: str | None) -> None:
     # Checked before JAX and the data are touched: a wrong key should answer at once.
     from dpfa_jax.train.config import load_config
 
@@ -175,7 +209,7 @@ def _train(config_path: Path, run_dir: Path | None) -> None:
     from dpfa_jax.train.loop import run
 
     run_dir = run_dir or Path("runs") / config_path.stem
-    report = run(config, run_dir)
+    report = run(config, run_dir, ledger=ledger, parent=parent)
     print(report["guarantee"])
     print(
         f"validation loss {report['validation_loss']:.3f} nats a byte "
@@ -199,7 +233,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         if args.command == "train":
-            _train(args.config, args.run_dir)
+            _train(args.config, args.run_dir, args.ledger, args.parent)
+        elif args.command == "budget":
+            return budget_cli.run(args)
         elif args.command == "bench":
             _bench(args, argv)
         else:
@@ -212,9 +248,14 @@ def main(argv: list[str] | None = None) -> int:
         from dpfa_jax.train.schema import ConfigError
         from pallas_kernels.attention.tuning import CacheError
 
-        if not isinstance(error, LedgerError | ConfigError | BenchError | CacheError):
+        known = LedgerError | ConfigError | BenchError | CacheError
+        # Of "budget" every ValueError is about an argument: it reads nothing else.
+        if not isinstance(error, known) and args.command != "budget":
             raise
-        print(f"dpfa: {error}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, LedgerError):
+            text = error.message.show(getattr(args, "language", None) or language())
+        print(f"dpfa: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         continues = args.command == "train"

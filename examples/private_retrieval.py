@@ -17,6 +17,11 @@ with several texts is several records. One line of the table is one release: who
 more lines has seen more releases, and the line for infinity, there for comparison, protects
 nothing. The cached embeddings are as private as the texts.
 
+Each line of finite epsilon is charged to a ledger before it is answered: a scope of its own with
+its epsilon as the budget, below a scope for the texts whose budget holds over all runs
+(``--total-epsilon``). When that is spent, the example refuses; ``dpfa budget new`` opens a new
+one, with a reason.
+
 What was chosen, and on which grounds. Every number comes from a tenth of the films that is
 set aside as a public reference, disjoint from the films of the records and of the queries.
 
@@ -48,10 +53,12 @@ import dataclasses
 import json
 import math
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import dp_accounting
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
@@ -61,11 +68,13 @@ from reviews import Reviews
 from dpfa_jax import (
     Accountant,
     AttentionPrivacy,
+    Ledger,
     SecureKey,
     attention_event,
     calibrate_noise_multiplier,
     dp_dot_product_attention,
 )
+from dpfa_jax.ledger import LedgerError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -133,6 +142,43 @@ def privacy_for(
             adjacency="add_remove",
         )
     )
+
+
+DATA_SET = "review texts"
+
+
+def open_ledger(args: argparse.Namespace) -> Ledger:
+    """The ledger, with the budget of the texts over all runs."""
+    ledger = Ledger(args.ledger)
+    if DATA_SET not in ledger.scopes():
+        ledger.open_budget(
+            DATA_SET,
+            epsilon=args.total_epsilon,
+            delta=args.delta,
+            adjacency="add_remove",
+            unit="review text",
+            level="data_set",
+            reason="the first run of the retrieval example",
+        )
+    return ledger
+
+
+def charge(
+    ledger: Ledger, epsilon: float, delta: float, event: dp_accounting.DpEvent, key: SecureKey
+) -> tuple[str, float]:
+    """Charges one line's answers, which may then be made once; its scope, and ε spent."""
+    scope = f"retrieval {uuid.uuid4().hex[:12]}"
+    ledger.open_budget(
+        scope,
+        epsilon=epsilon,
+        delta=delta,
+        adjacency="add_remove",
+        unit="review text",
+        parent=DATA_SET,
+        reason=f"all answers at epsilon {epsilon:g}",
+    )
+    ledger.charge(scope, "answers", event, key_fingerprint=key.fingerprint)
+    return scope, ledger.spent(scope)
 
 
 def answer(
@@ -230,6 +276,7 @@ def run(
         key=SecureKey.generate(),
     )
     majority = 1.0 if public.fresh_share > 0.5 else -1.0
+    ledger = open_ledger(args)
     report = {
         "unit": "one review text with its verdict",
         "adjacency": "add_remove",
@@ -250,17 +297,20 @@ def run(
     for epsilon in args.epsilon:
         privacy = privacy_for(epsilon, args.delta, shape, public.logit_bound)
         spent = None
+        key = SecureKey.generate()
         if math.isfinite(epsilon):
-            accountant = Accountant("add_remove").compose(attention_event(privacy, shape))
-            spent = accountant.epsilon(args.delta)
+            event = attention_event(privacy, shape)
+            scope, spent = charge(ledger, epsilon, args.delta, event, key)
         noisy = answer(
             query_vectors,
             record_vectors,
             values,
             capacity=args.texts,
             privacy=privacy,
-            key=SecureKey.generate(),
+            key=key,
         )
+        if spent is not None:
+            ledger.mark_released(scope, "answers")
         mean, error = accuracy(decide(noisy, public.fresh_share), queries)
         report["rows"].append(
             {
@@ -322,6 +372,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--texts", type=int, default=10240, help="most records; a public number")
     add("--cache", type=Path, default=Path(".cache/retrieval"), help="private, like the texts")
     add("--out", type=Path, default=Path("runs/retrieval"))
+    add("--ledger", default=None, help="a path or URL (default: OUT/ledger.sqlite)")
+    add("--total-epsilon", type=float, default=40.0, help="for all runs on this ledger")
     args = parser.parse_args(argv)
     for epsilon in args.epsilon:
         if not epsilon > 0:
@@ -336,6 +388,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         path = getattr(args, name)
         if path.exists() and not path.is_dir():
             parser.error(f"--{name} {path}: there is a file of that name; a folder is needed.")
+    if not 0 < args.total_epsilon < math.inf:
+        parser.error(f"--total-epsilon {args.total_epsilon:g}: allowed is a finite number > 0.")
+    args.ledger = args.ledger or args.out / "ledger.sqlite"
     return args
 
 
@@ -355,9 +410,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         most = len(queries.texts)
         print(f"private_retrieval: --queries {args.queries}: at most {most}.", file=sys.stderr)
         return 2
-    report = run(args, encoder, records, reference, queries)
-    print(show(report))
     args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        report = run(args, encoder, records, reference, queries)
+    except LedgerError as error:
+        print(f"private_retrieval: {error}", file=sys.stderr)
+        return 2
+    print(show(report))
     (args.out / "retrieval.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(report, args.out / "retrieval.png")
     print(f"\nWritten: {args.out / 'retrieval.json'} and {args.out / 'retrieval.png'}")

@@ -1,6 +1,7 @@
 """Every test runs with strict dtype promotion, on CPU unless it is marked gpu."""
 
 import os
+import shutil
 from pathlib import Path
 
 # Compiled programs are shared between the tests, their workers and the processes that
@@ -23,10 +24,13 @@ def _strict_dtypes():
 def pytest_collection_modifyitems(config, items):
     """Deselects (and counts) tests for what is not here.
 
-    GPU tests where there is no GPU: they run on a device run. Tests that compile for other
-    machines unless ``-m`` asks for them: they need compilers that the suite does without.
+    GPU tests where there is no GPU: they run on a device run. Tests of PostgreSQL where its
+    server is not installed; CI installs it. Tests that compile for other machines unless ``-m``
+    asks for them: they need compilers that the suite does without.
     """
     absent = set()
+    if not (shutil.which("initdb") or list(Path("/usr/lib/postgresql").glob("*/bin/initdb"))):
+        absent.add("postgres")
     if "aot" not in config.getoption("markexpr"):
         absent.add("aot")
     if not any(d.platform == "gpu" for d in jax.devices()):

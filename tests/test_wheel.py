@@ -48,7 +48,10 @@ def test_contents(wheel):
             for path in (ROOT / package).rglob("*")
             if path.is_file() and "__pycache__" not in path.parts
         }
-        assert packed == tree
+        presets = {
+            f"dpfa_jax/policy/presets/{p.name}" for p in (ROOT / "configs/policies").iterdir()
+        }
+        assert packed == (tree | presets if package == "dpfa_jax" else tree)
     unwanted = ("test", "benchmark", "config", "example", "conftest", "__pycache__", ".sqlite")
     named = [n for n in names if any(Path(n).parts[0].startswith(u) for u in unwanted)]
     assert not named

@@ -2,5 +2,12 @@
 
 from dpfa_jax.accounting.accountant import Accountant, calibrate_noise_multiplier
 from dpfa_jax.accounting.curve import epsilon_curve
+from dpfa_jax.accounting.schedules import AdaptiveSchedule, planned_multipliers
 
-__all__ = ["Accountant", "calibrate_noise_multiplier", "epsilon_curve"]
+__all__ = [
+    "Accountant",
+    "AdaptiveSchedule",
+    "calibrate_noise_multiplier",
+    "epsilon_curve",
+    "planned_multipliers",
+]

@@ -1,11 +1,6 @@
 """One accountant for every release of this library.
 
-Convention. An event's ``noise_multiplier`` is z = σ/Δ with Δ the sensitivity under the
-stated adjacency, so that one Gaussian release with z = 1 has μ = 1 (ε = 4.38 at
-δ = 1e-5) under either adjacency. ``dp_accounting``'s PLD accountant reads z as σ/C under
-``REPLACE_ONE``, where C bounds one record and Δ = 2C (its RDP accountant reads it as
-σ/Δ: the two differ by a factor of 2 there). The multipliers are translated here, in one
-place.
+Noise multipliers follow one convention, σ/Δ (``dpfa_jax/accounting/convention.py``).
 """
 
 import functools
@@ -13,14 +8,16 @@ import math
 from collections.abc import Callable
 
 import dp_accounting
+import numpy as np
 import scipy.optimize
 from dp_accounting import pld, rdp
 
+from dpfa_jax.accounting.convention import to_replace_one
+from dpfa_jax.accounting.events import leaves
+from dpfa_jax.accounting.renyi import INTERVAL, nothing, renyi_cost
 from dpfa_jax.mechanisms import adjacency_factor
 
-_METHODS = ("pld", "rdp")
-# Width of the bins of a privacy loss distribution.
-_INTERVAL = 1e-4
+_METHODS = ("auto", "pld", "rdp")
 
 
 def check_budget(epsilon: float, delta: float) -> None:
@@ -31,39 +28,19 @@ def check_budget(epsilon: float, delta: float) -> None:
         raise ValueError(f"delta={delta!r}: allowed is a number between 0 and 1, both excluded.")
 
 
-def _to_replace_one(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
-    """``event`` with its multipliers in units of C = Δ/2 (see the module's docstring)."""
-    match event:
-        case dp_accounting.GaussianDpEvent(noise_multiplier=z):
-            return dp_accounting.GaussianDpEvent(2 * z)
-        case dp_accounting.PoissonSampledDpEvent(sampling_probability=q, event=inner):
-            return dp_accounting.PoissonSampledDpEvent(q, _to_replace_one(inner))
-        case dp_accounting.TruncatedSubsampledGaussianDpEvent():
-            return dp_accounting.TruncatedSubsampledGaussianDpEvent(
-                event.dataset_size,
-                event.sampling_probability,
-                event.truncated_batch_size,
-                2 * event.noise_multiplier,
-            )
-        case dp_accounting.SelfComposedDpEvent(event=inner, count=count):
-            return dp_accounting.SelfComposedDpEvent(_to_replace_one(inner), count)
-        case dp_accounting.ComposedDpEvent(events=events):
-            return dp_accounting.ComposedDpEvent([_to_replace_one(e) for e in events])
-        case dp_accounting.NoOpDpEvent() | dp_accounting.NonPrivateDpEvent():
-            return event
-    raise dp_accounting.UnsupportedEventError(
-        f"{event}: not supported under adjacency='replace_one'."
-    )
-
-
 class Accountant:
     """Composes events and answers ε for a δ.
 
+    The list of events must not depend on what they release; stopping early may (docs/budget.md,
+    "Adaptive choices"). Equal events are counted and Gaussians merged before anything is
+    composed: 10⁶ equal events cost what one costs.
+
     Args:
         adjacency: ``'add_remove'`` or ``'replace_one'``.
-        method: ``'pld'`` (privacy loss distributions: tight) or ``'rdp'`` (Rényi: for
-            events that PLD does not support; ``'add_remove'`` only, because the two
-            accountants of ``dp_accounting`` mean different things by ``REPLACE_ONE``).
+        method: ``'pld'`` (privacy loss distributions: tight), ``'rdp'`` (Rényi; with
+            ``'add_remove'`` only, because the two accountants of ``dp_accounting`` mean different
+            things by ``REPLACE_ONE``), or ``'auto'``: PLD, unless an event is composed that it
+            lacks and Rényi has; then all events by Rényi.
         interval: width of the bins of the privacy loss (PLD). Wider is faster and answers
             a larger ε, never a smaller one.
 
@@ -78,22 +55,18 @@ class Accountant:
         4.38
     """
 
-    def __init__(self, adjacency: str, method: str = "pld", *, interval: float = _INTERVAL):
+    def __init__(self, adjacency: str, method: str = "auto", *, interval: float = INTERVAL):
         self._is_replace = adjacency_factor(adjacency) == 2
         if method not in _METHODS:
             raise ValueError(f"method={method!r}: allowed are {_METHODS}.")
         if method == "rdp" and self._is_replace:
             raise ValueError("method='rdp': allowed with adjacency='add_remove' only.")
         self.adjacency = adjacency
-        self.method = method
-        relation = dp_accounting.NeighboringRelation
-        if method == "rdp":
-            self._inner = rdp.RdpAccountant(neighboring_relation=relation.ADD_OR_REMOVE_ONE)
-        else:
-            self._inner = pld.PLDAccountant(
-                relation.REPLACE_ONE if self._is_replace else relation.ADD_OR_REMOVE_ONE,
-                value_discretization_interval=interval,
-            )
+        self.method = "pld" if method == "auto" else method
+        self._may_change = method == "auto" and not self._is_replace
+        self._interval = interval
+        self._counts: dict[dp_accounting.DpEvent, int] = {}
+        self._composed: _Composed | None = None
 
     @property
     def name(self) -> str:
@@ -109,19 +82,120 @@ class Accountant:
             raise ValueError(f"event is a {type(event).__name__}: a DpEvent is needed.")
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             raise ValueError(f"count={count!r}: allowed is a whole number >= 0.")
-        if count:
-            self._inner.compose(_to_replace_one(event) if self._is_replace else event, count)
+        added = list(leaves(event, count))
+        method = self.method
+        for leaf, _ in added:
+            # Once by Rényi, 'auto' takes what either has (renyi_cost).
+            either = self._may_change and method == "rdp" and _has("pld", leaf, False)
+            if _has(method, leaf, self._is_replace) or either:
+                continue
+            if not (self._may_change and _has("rdp", leaf, False)):
+                raise dp_accounting.UnsupportedEventError(
+                    f"{leaf}: not supported by method={self.method!r} under "
+                    f"adjacency={self.adjacency!r}."
+                )
+            method = "rdp"
+        self.method = method
+        for leaf, n in added:
+            self._counts[leaf] = self._counts.get(leaf, 0) + n
+        self._composed = None
         return self
 
     def epsilon(self, delta: float) -> float:
         """The least ε known to hold at ``delta`` for everything composed so far."""
         check_budget(1.0, delta)
-        return float(self._inner.get_epsilon(delta))
+        return self._answers().epsilon(delta)
 
     def delta(self, epsilon: float) -> float:
         """The least δ known to hold at ``epsilon`` for everything composed so far."""
         check_budget(epsilon, 0.5)
+        return self._answers().delta(epsilon)
+
+    def _answers(self) -> "_Composed":
+        if self._composed is None:
+            if self.method == "rdp":
+                self._composed = _Renyi(self._counts, self.adjacency)
+            else:
+                self._composed = _Distribution(self._counts, self._is_replace, self._interval)
+        return self._composed
+
+
+class _Distribution:
+    """A composition by privacy loss distributions."""
+
+    def __init__(self, counts: dict[dp_accounting.DpEvent, int], is_replace: bool, interval: float):
+        relation = dp_accounting.NeighboringRelation
+        self._inner = pld.PLDAccountant(
+            relation.REPLACE_ONE if is_replace else relation.ADD_OR_REMOVE_ONE, interval
+        )
+        for leaf, count in merge_gaussians(counts):
+            self._inner.compose(to_replace_one(leaf) if is_replace else leaf, count)
+
+    def epsilon(self, delta: float) -> float:
+        return float(self._inner.get_epsilon(delta))
+
+    def delta(self, epsilon: float) -> float:
         return float(self._inner.get_delta(epsilon))
+
+
+class _Renyi:
+    """A composition by Rényi divergences, of events that either accountant has."""
+
+    def __init__(self, counts: dict[dp_accounting.DpEvent, int], adjacency: str):
+        self._orders = rdp.RdpAccountant().orders
+        total = nothing(tuple(self._orders))
+        for leaf, count in counts.items():
+            total = total.plus(renyi_cost(leaf, adjacency, tuple(self._orders)), count)
+        self._cost = total
+
+    def epsilon(self, delta: float) -> float:
+        if not delta > self._cost.delta or np.isinf(self._cost.rho).any():
+            return math.inf
+        if not np.any(self._cost.rho):
+            return 0.0
+        return float(rdp.compute_epsilon(self._orders, self._cost.rho, delta - self._cost.delta)[0])
+
+    def delta(self, epsilon: float) -> float:
+        if np.isinf(self._cost.rho).any():
+            return 1.0
+        found = rdp.rdp_privacy_accountant.compute_delta(self._orders, self._cost.rho, epsilon)[0]
+        return min(1.0, float(found) + self._cost.delta)
+
+
+_Composed = _Distribution | _Renyi
+
+
+def merge_gaussians(
+    counts: dict[dp_accounting.DpEvent, int],
+) -> list[tuple[dp_accounting.DpEvent, int]]:
+    """``counts`` with all Gaussian events made one: 1/z² adds up (docs/privacy.md, section 0).
+
+    A single kind is left as it is.
+    """
+    gaussians = {
+        e: n for e, n in counts.items() if isinstance(e, dp_accounting.GaussianDpEvent) and n
+    }
+    if len(gaussians) < 2 or any(not e.noise_multiplier > 0 for e in gaussians):
+        return [(e, n) for e, n in counts.items() if n]
+    precision = math.fsum(n / e.noise_multiplier**2 for e, n in gaussians.items())
+    merged = dp_accounting.GaussianDpEvent(1 / math.sqrt(precision))
+    return [(merged, 1), *((e, n) for e, n in counts.items() if n and e not in gaussians)]
+
+
+def _has(method: str, leaf: dp_accounting.DpEvent, is_replace: bool) -> bool:
+    if type(leaf) is dp_accounting.GaussianDpEvent:
+        return True  # In all of them; by far the most frequent.
+    relation = dp_accounting.NeighboringRelation
+    if method == "rdp":
+        return rdp.RdpAccountant(neighboring_relation=relation.ADD_OR_REMOVE_ONE).supports(leaf)
+    if is_replace:
+        try:
+            leaf = to_replace_one(leaf)
+        except dp_accounting.UnsupportedEventError:
+            return False
+    return pld.PLDAccountant(
+        relation.REPLACE_ONE if is_replace else relation.ADD_OR_REMOVE_ONE
+    ).supports(leaf)
 
 
 def calibrate_noise_multiplier(
@@ -130,7 +204,7 @@ def calibrate_noise_multiplier(
     epsilon: float,
     delta: float,
     adjacency: str,
-    method: str = "pld",
+    method: str = "auto",
     tolerance: float = 1e-3,
 ) -> float:
     """The least noise multiplier at which a whole plan costs at most (ε, δ).
@@ -158,7 +232,7 @@ def calibrate_noise_multiplier(
     check_budget(epsilon, delta)
 
     @functools.cache
-    def excess(log_z: float, interval: float = _INTERVAL) -> float:
+    def excess(log_z: float, interval: float = INTERVAL) -> float:
         """log(ε of the plan / target), a smooth falling function of log z."""
         accountant = Accountant(adjacency, method, interval=interval)
         value = accountant.compose(make_event(math.exp(log_z))).epsilon(delta)
@@ -167,7 +241,7 @@ def calibrate_noise_multiplier(
     # Coarse intervals are fast, and pessimistic (over thousands of steps by far): they
     # give a first answer that fits. It is then lowered with the default interval. Small
     # multipliers cost most time and memory, so the search comes from above.
-    coarse = max(_INTERVAL, min(5e-3, epsilon))
+    coarse = max(INTERVAL, min(5e-3, epsilon))
     high, step = math.log(1024), math.log(4)
     while excess(high, coarse) > 0:
         high += step

@@ -1,5 +1,6 @@
-"""Events as JSON, for the ledger and the report. Unknown events raise."""
+"""Events as JSON, for the ledger and the report, and taken apart. Unknown events raise."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import attr
@@ -33,6 +34,8 @@ def _value_to_json(name: str, value: Any) -> Any:
     if not isinstance(value, allowed) or isinstance(value, bool) or not value >= 0:
         kind = "whole number" if name in _COUNTS else "number"
         raise ValueError(f"{name}={value!r}: allowed is a {kind} >= 0.")
+    if name == "sampling_probability" and value > 1:
+        raise ValueError(f"{name}={value!r}: allowed is a number between 0 and 1.")
     return value
 
 
@@ -79,3 +82,33 @@ def event_from_json(data: dict[str, Any]) -> dp_accounting.DpEvent:
     event = cls(**values)
     event_to_json(event)  # checks the fields
     return event
+
+
+def leaves(
+    event: dp_accounting.DpEvent, count: int = 1
+) -> Iterator[tuple[dp_accounting.DpEvent, int]]:
+    """The events that ``count`` times ``event`` is composed of, each with its count.
+
+    Raises:
+        ValueError: for a count that is not allowed; a negative one would give budget back.
+
+    Example:
+        >>> event = dp_accounting.GaussianDpEvent(2.0)
+        >>> twice = dp_accounting.SelfComposedDpEvent(event, 2)
+        >>> list(leaves(dp_accounting.ComposedDpEvent([twice, event]), 3))
+        [(GaussianDpEvent(noise_multiplier=2.0), 6), (GaussianDpEvent(noise_multiplier=2.0), 3)]
+    """
+    if isinstance(event, dp_accounting.SelfComposedDpEvent):
+        yield from leaves(event.event, count * _value_to_json("count", event.count))
+    elif isinstance(event, dp_accounting.ComposedDpEvent):
+        for part in event.events:
+            yield from leaves(part, count)
+    elif count and not isinstance(event, dp_accounting.NoOpDpEvent):
+        yield _hashable(event), count
+
+
+def _hashable(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
+    """``event`` with tuples for lists, so that equal events can be counted."""
+    values = attr.asdict(event, recurse=False) if attr.has(type(event)) else {}
+    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    return attr.evolve(event, **lists) if lists else event

@@ -17,6 +17,7 @@ import importlib.metadata
 import math
 import platform
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from jaxtyping import Array, Key, PyTree
 from dpfa_jax import keys, optim
 from dpfa_jax.accounting import calibrate_noise_multiplier
 from dpfa_jax.clipping import clipped_grad
-from dpfa_jax.ledger import Ledger
+from dpfa_jax.ledger import Ledger, ledger_name
 from dpfa_jax.sampling import PoissonSampler, UserSampler
 from dpfa_jax.train import data as data_lib
 from dpfa_jax.train.config import Config
@@ -59,28 +60,36 @@ class _Task(NamedTuple):
     noise_multiplier: float
 
 
-def run(config: Config, run_dir: Path) -> dict[str, Any]:
+def run(
+    config: Config, run_dir: Path, *, ledger: str | Path | None = None, parent: str | None = None
+) -> dict[str, Any]:
     """Trains, or continues, or finds everything done; returns the report.
 
     Args:
         config: a checked configuration.
         run_dir: created if missing. Holds one run of one configuration.
+        ledger: a path or URL of a shared ledger; None: one in ``run_dir``.
+        parent: the scope in it that pays as well, with the run's unit and adjacency.
 
     Raises:
         ConfigError: if the directory holds another run, or the data does not fit.
-        BudgetExceededError: if a charge would pass the budget; nothing is released.
+        LedgerError: if a charge would pass a budget, breaks a policy or cannot be written; nothing
+            is released.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
-        return _run(config, run_dir)
+        return _run(config, run_dir, ledger, parent)
 
 
-def _run(config: Config, run_dir: Path) -> dict[str, Any]:
-    plan = _plan(config, run_dir)
+def _run(
+    config: Config, run_dir: Path, where: str | Path | None, parent: str | None
+) -> dict[str, Any]:
+    plan = _plan(config, run_dir, where, parent)
     finished = read_json(run_dir / "report.json")
     if finished is not None:
         return finished
     train, validation = data_lib.load_chunks(config)
+    ledger = _open_ledger(config, run_dir, where, plan)
     task = _Task(
         config=config,
         model=make_model(config.model, config.data.chunk_bytes),
@@ -90,7 +99,7 @@ def _run(config: Config, run_dir: Path) -> dict[str, Any]:
         noise_multiplier=plan["noise_multiplier"],
     )
     started = time.monotonic()
-    result = _train_private(task, run_dir)
+    result = _train_private(task, run_dir, ledger, plan["scope"])
     result["training_seconds"] = round(time.monotonic() - started, 1)
     comparison = _compare(task, run_dir)
     return write_report(run_dir, config, {**plan, **result, **comparison})
@@ -108,15 +117,24 @@ def step_event(config: Config, noise_multiplier: float) -> dp_accounting.DpEvent
     return sampler.event(noise_multiplier)
 
 
-def _plan(config: Config, run_dir: Path) -> dict[str, Any]:
+def _plan(
+    config: Config, run_dir: Path, where: str | Path | None, parent: str | None
+) -> dict[str, Any]:
     """The noise multiplier and the facts of the first start; later starts read them."""
     path = run_dir / "run.json"
     plan = read_json(path)
+    shared = None if where is None else ledger_name(where)
     if plan is not None:
+        plan = {"ledger": None, "parent": None, "scope": f"run {config.fingerprint}"} | plan
         if plan["config_fingerprint"] != config.fingerprint:
             raise ConfigError(
                 f"--run-dir {run_dir}: holds a run of another configuration "
                 f"({plan['name']!r}); choose another directory."
+            )
+        if (plan["ledger"], plan["parent"]) != (shared, parent):
+            raise ConfigError(
+                f"--ledger {shared}, --parent {parent}: the run in {run_dir} charges "
+                f"--ledger {plan['ledger']}, --parent {plan['parent']}; what it has spent is there."
             )
         return plan
     noise_multiplier = calibrate_noise_multiplier(
@@ -129,6 +147,10 @@ def _plan(config: Config, run_dir: Path) -> dict[str, Any]:
         "name": config.name,
         "config_fingerprint": config.fingerprint,
         "noise_multiplier": noise_multiplier,
+        "ledger": shared,
+        "parent": parent,
+        # In a shared ledger two runs of one configuration are two runs.
+        "scope": f"run {config.fingerprint}" + (f" {uuid.uuid4().hex[:12]}" if shared else ""),
         "data_source": data_lib.source_description(config.data.source),
         "versions": {
             "python": platform.python_version(),
@@ -139,8 +161,28 @@ def _plan(config: Config, run_dir: Path) -> dict[str, Any]:
     return plan
 
 
-def _start_key(config: Config, run_dir: Path) -> tuple[Key[Array, ""], str]:
-    """This start's key, and where it comes from. Its number is on disk before its use."""
+def _open_ledger(
+    config: Config, run_dir: Path, where: str | Path | None, plan: dict[str, Any]
+) -> Ledger:
+    """The ledger that pays, with the run's budget open."""
+    ledger = Ledger(run_dir / "ledger.sqlite" if where is None else where)
+    privacy = config.privacy
+    ledger.open_budget(
+        plan["scope"],
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        adjacency=privacy.adjacency,
+        unit=privacy.unit,
+        parent=plan["parent"],
+        # Every step's event is fixed before the first: the plan is calibrated as a whole.
+        composition="fixed",
+        reason=config.name,
+    )
+    return ledger
+
+
+def _start_key(config: Config, run_dir: Path) -> tuple[Key[Array, ""], str, str]:
+    """This start's key, where it comes from, its fingerprint; on disk before its use."""
     path = run_dir / "starts.json"
     starts = read_json(path) or []
     seed = config.privacy.reproducible_seed
@@ -153,7 +195,7 @@ def _start_key(config: Config, run_dir: Path) -> tuple[Key[Array, ""], str]:
         fingerprint = f"seed {seed}, start {len(starts)}"
     starts.append({"key_fingerprint": fingerprint, "time": time.time()})
     write_json(path, starts)
-    return key, source
+    return key, source, fingerprint
 
 
 def _optimizer(task: _Task, noise_key: Key[Array, ""]) -> optax.GradientTransformation:
@@ -241,9 +283,9 @@ def _evaluate_sums(model: Model, params: PyTree, chunks: Array) -> tuple[Array, 
 _EVALUATE = jax.jit(_evaluate_sums, static_argnums=0)
 
 
-def _train_private(task: _Task, run_dir: Path) -> dict[str, Any]:
+def _train_private(task: _Task, run_dir: Path, ledger: Ledger, scope: str) -> dict[str, Any]:
     c, t = task.config, task.config.training
-    key, key_source = _start_key(c, run_dir)
+    key, key_source, fingerprint = _start_key(c, run_dir)
     tx = _optimizer(task, jax.random.fold_in(key, _NOISE))
     batches = _Batches(task, jax.random.fold_in(key, _SAMPLING))
     grad = clipped_grad(
@@ -261,15 +303,6 @@ def _train_private(task: _Task, run_dir: Path) -> dict[str, Any]:
     params = jax.jit(task.model.init)(jax.random.fold_in(key, _INIT))
     state = tx.init(params)
     parameters = sum(x.size for x in jax.tree.leaves(params))
-    ledger = Ledger(run_dir / "ledger.sqlite")
-    scope = f"run {c.fingerprint}"
-    ledger.open_budget(
-        scope,
-        epsilon=c.privacy.epsilon,
-        delta=c.privacy.delta,
-        adjacency=c.privacy.adjacency,
-        unit=c.privacy.unit,
-    )
     with contextlib.closing(Checkpoints(run_dir)) as checkpoints, Progress(t.steps) as progress:
         done, params, state, history = checkpoints.restore(params, state)
         _check_finite(params)
@@ -280,7 +313,8 @@ def _train_private(task: _Task, run_dir: Path) -> dict[str, Any]:
                 continue
             # Refuses a block that was released: its checkpoint is gone, and running it
             # again would release it a second time under one charge.
-            ledger.charge(scope, label, dp_accounting.SelfComposedDpEvent(task.event, len(block)))
+            event = dp_accounting.SelfComposedDpEvent(task.event, len(block))
+            ledger.charge(scope, label, event, key_fingerprint=fingerprint)
             for i in block:
                 params, state = step(params, state, *batches[i])
                 progress.step(i + 1)
@@ -296,6 +330,9 @@ def _train_private(task: _Task, run_dir: Path) -> dict[str, Any]:
         "epsilon": ledger.spent(scope),
         "steps": t.steps,
         "steps_charged": sum(charge.event.count for charge in charges),
+        "ledger": ledger.name,
+        "ledger_head": list(ledger.head()),
+        "scope": scope,
         "starts": len(read_json(run_dir / "starts.json")),
         "key_source": key_source,
         "parameters": parameters,

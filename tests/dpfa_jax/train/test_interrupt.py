@@ -14,7 +14,7 @@ from small_runs import small, to_toml
 from dpfa_jax.ledger import Ledger
 from dpfa_jax.train.config import parse_config
 
-TABLE = small(training__steps=40, training__checkpoint_every=1)
+TABLE = small(training__steps=100, training__checkpoint_every=1)
 
 
 def _start(path, run_dir):
@@ -55,9 +55,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_accounting(tmp_path):
                 break
         time.sleep(choose.uniform(0.0, 0.4))
         process.send_signal(signal.SIGINT if attempt == 1 else signal.SIGKILL)
-        process.stdout.read()
+        output = process.stdout.read()
         code = process.wait()
-        assert code in (-signal.SIGKILL, 130), f"it ended with {code}"
+        assert code in (-signal.SIGKILL, 130), f"start {attempt} ended with {code}: {output}"
         now = _charged(run_dir, fingerprint)
         assert [c.label for c in now[: len(charges)]] == [c.label for c in charges]
         charges = now
@@ -65,9 +65,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_accounting(tmp_path):
     output, _ = process.communicate()
     assert process.returncode == 0, output
     report = json.loads((run_dir / "report.json").read_text())
-    assert report["steps"] == report["steps_charged"] == 40
+    assert report["steps"] == report["steps_charged"] == 100
     final = _charged(run_dir, fingerprint)
-    assert [c.label for c in final] == [f"steps {i} to {i}" for i in range(40)]
+    assert [c.label for c in final] == [f"steps {i} to {i}" for i in range(100)]
     assert report["starts"] == 5
     starts = json.loads((run_dir / "starts.json").read_text())
     assert len({s["key_fingerprint"] for s in starts}) == 5

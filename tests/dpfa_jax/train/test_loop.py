@@ -123,10 +123,10 @@ def test_no_noise_key_reaches_the_disk(tmp_path, monkeypatch):
     original = loop._start_key
 
     def spy(config, run_dir):
-        key, source = original(config, run_dir)
+        key, source, fingerprint = original(config, run_dir)
         seen.append(np.asarray(jax.random.key_data(key)))
         seen.extend(np.asarray(jax.random.key_data(jax.random.fold_in(key, i))) for i in range(3))
-        return key, source
+        return key, source, fingerprint
 
     monkeypatch.setattr(loop, "_start_key", spy)
     config = parse_config(small(training__steps=2, training__checkpoint_every=1))

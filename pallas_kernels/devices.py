@@ -25,3 +25,11 @@ def wrong_device(name: str) -> str | None:
         if name == "triton" and major < 8:
             return f"needs compute capability 8.0 or more, this is {capability}"
     return None
+
+
+def multiprocessors() -> int:
+    """Of the GPU here; of an H100 where there is none (kernels that are only compiled)."""
+    try:
+        return int(jax.devices("gpu")[0].core_count)
+    except RuntimeError:
+        return 132

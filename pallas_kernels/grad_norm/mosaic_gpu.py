@@ -278,9 +278,8 @@ def _gram_kernel(
                 middle = jobs.products(
                     full, free, steps[0], first, functools.partial(multiply, x_gram)
                 )
-                products = x_gram[...]
                 jobs.products(full, free, steps[1], middle, functools.partial(multiply, g_gram))
-                return products * g_gram[...]
+                return x_gram[...] * g_gram[...]
 
             gram = plgpu.WGMMAAccumulatorRef((_HALF, _ROWS), jnp.float32)
             products = pl.run_scoped(accumulate, gram, gram)

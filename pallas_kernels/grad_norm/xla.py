@@ -29,13 +29,18 @@ def _tile(batch: int) -> int:
     return max(128, 2 ** ((BOUND // batch).bit_length() - 1 >> 1)) if batch <= BOUND else 128
 
 
+def _even(size: int, most: int) -> int:
+    """The size of equal parts of at most ``most``, with as little padding as can be."""
+    return -(-size // -(-size // most))
+
+
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     precision = common.precision(a.dtype)
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _gram(x: jax.Array, g: jax.Array, tile: int) -> jax.Array:
-    tile = min(tile, x.shape[1])
+    tile = _even(x.shape[1], tile)
     x, g = (common.pad(y, 1, tile) for y in (x, g))
     rows, columns = np.tril_indices(x.shape[1] // tile)
 
@@ -50,7 +55,7 @@ def _gram(x: jax.Array, g: jax.Array, tile: int) -> jax.Array:
 
 
 def _direct(x: jax.Array, g: jax.Array, tile: int) -> jax.Array:
-    tiles = [min(tile, y.shape[2]) for y in (x, g)]
+    tiles = [_even(y.shape[2], tile) for y in (x, g)]
     x, g = (common.pad(y, 2, n) for y, n in zip((x, g), tiles, strict=True))
     rows, columns = np.indices([y.shape[2] // n for y, n in zip((x, g), tiles, strict=True)])
 

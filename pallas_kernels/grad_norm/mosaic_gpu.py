@@ -40,12 +40,12 @@ class Blocks:
     Attributes:
         gram_stages: slots of 32 KB, at least 2.
         direct_stages: slots of 48 KB, at least 2.
-        threads: blocks of threads; None is one for each multiprocessor.
+        thread_blocks: how many; None is one for each multiprocessor.
     """
 
     gram_stages: int = 6
     direct_stages: int = 4
-    threads: int | None = None
+    thread_blocks: int | None = None
 
 
 def unsupported(x: Any, g: Any, form: common.Form) -> str | None:
@@ -91,7 +91,7 @@ def grad_norm_squared(
         slots = [
             plgpu.SMEM((stages, _STEP, n), x.dtype, transforms=_LAYOUT) for n in (_ROWS, 2 * _ROWS)
         ]
-    grid = min(jobs, blocks.threads or devices.multiprocessors())
+    grid = min(jobs, blocks.thread_blocks or devices.multiprocessors())
     parts = plgpu.kernel(
         functools.partial(body, _Jobs(jobs, grid, tiles, across, stages)),
         out_type=jax.ShapeDtypeStruct((jobs, _ROWS), jnp.float32),
@@ -236,10 +236,8 @@ def _direct_kernel(
 
             def load(i: jax.Array, slot: jax.Array) -> None:
                 t = pl.ds(i * _STEP, _STEP)
-                x, g = (
-                    x_ref.at[example, t, pl.ds(row, _ROWS)],
-                    g_ref.at[example, t, pl.ds(column, 2 * _ROWS)],
-                )
+                x = x_ref.at[example, t, pl.ds(row, _ROWS)]
+                g = g_ref.at[example, t, pl.ds(column, 2 * _ROWS)]
                 plgpu.copy_gmem_to_smem(x, x_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(g, g_smem.at[slot], full.at[slot])
 

@@ -34,7 +34,7 @@ CASES = [
 @pytest.mark.parametrize(("shape", "dtype", "form", "stages"), CASES)
 def test_interpreted_without_races(shape, dtype, form, stages, caplog, capfd):
     x, g = make(shape, dtype)
-    blocks = mosaic_gpu.Blocks(gram_stages=stages, direct_stages=stages, threads=2)
+    blocks = mosaic_gpu.Blocks(gram_stages=stages, direct_stages=stages, thread_blocks=2)
     got = mosaic_gpu.grad_norm_squared(x, g, form, blocks=blocks, interpret=True)
     np.testing.assert_allclose(got, exact(x, g), rtol=1e-5)
     assert "RACE" not in caplog.text + "".join(capfd.readouterr())

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dpfa_jax.audit import cli as audit_cli
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -28,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where checkpoints, ledger and report go (default: runs/NAME of the file)",
     )
     _add_bench(commands)
+    audit_cli.add_parser(commands)
     doctor = commands.add_parser(
         "doctor", help="which attention implementation each feature gets here, and why"
     )
@@ -159,6 +162,8 @@ def main(argv: list[str] | None = None) -> int:
             _train(args.config, args.run_dir)
         elif args.command == "bench":
             _bench(args, argv)
+        elif args.command == "audit":
+            return audit_cli.run(args, argv)
         else:
             from dpfa_jax import doctor
 

@@ -8,8 +8,8 @@ def stands():
     """Asserts a claim: no bound above it at 1 − 10⁻⁹, a tight attack near it at 99 %.
 
     The first fails for a claim that holds with probability below 10⁻⁹. For the second: at
-    20,000 samples the ratio is 0.94 on average with a deviation of 0.015 (docs/auditing.md),
-    so that 0.85 is six of them away: also below 10⁻⁹. Keys are fixed.
+    20,000 samples the ratio is 0.941 on average with a deviation of 0.016 (docs/auditing.md),
+    so that 0.85 is 5.7 of them away: below 10⁻⁸. Keys are fixed.
     """
 
     def check(result):

@@ -3,10 +3,12 @@
 import json
 import re
 
+import dp_accounting
+import numpy as np
 import pytest
 
 from dpfa_jax import cli
-from dpfa_jax.audit import audit_training, engines, suite, training_cases
+from dpfa_jax.audit import attention_cases, engines, judge, suite, training_cases
 from dpfa_jax.mechanisms import attention as sensitivity
 
 
@@ -109,6 +111,23 @@ def test_only_is_checked():
         next(suite.run_audits(only="all"))
 
 
-def test_every_engine_is_attacked():
+def test_everything_that_runs_here_is_attacked(monkeypatch):
+    seen = []
+    scores = np.zeros(100)
+    event = dp_accounting.GaussianDpEvent(1.0)
+    result = judge("a test", event, "add_remove", scores, scores)
+
+    def record(case, **options):
+        seen.append((case.name, options.get("engine", options.get("implementation"))))
+        return result
+
+    monkeypatch.setattr(suite, "audit_attention", record)
+    monkeypatch.setattr(suite, "audit_training", record)
+    monkeypatch.setattr(suite, "training_cases", lambda: training_cases()[:2])
+    monkeypatch.setattr(suite, "attention_cases", lambda: attention_cases()[:2])
+    list(suite.run_audits(samples=20))
+    expected = [(c.name, name) for c in attention_cases()[:2] for name in c.implementations()]
+    expected += [(c.name, engine) for c in training_cases()[:2] for engine in engines()]
+    assert seen == expected
+    assert "vmap" in engines()
     assert "auto" not in engines()
-    assert audit_training is suite.audit_training

@@ -7,7 +7,7 @@ import sqlite3
 import dp_accounting
 import pytest
 
-from dpfa_jax import Accountant, Ledger
+from dpfa_jax import Accountant, Ledger, PoissonSampler, SecureKey, budget_cli, cli
 from dpfa_jax.cli import main
 
 Gaussian = dp_accounting.GaussianDpEvent
@@ -128,8 +128,15 @@ def test_plan_answers_what_the_accountant_answers(capsys, tmp_path, path):
 
 
 def test_plan_finds_the_noise(capsys):
-    assert main([*PLAN, "--epsilon", "2", "--padded-batch-size", "140"]) == 0
+    assert main([*PLAN, "--epsilon", "2"]) == 0
     assert "spends ε = 2 at δ = 1E-6 in 60 steps" in capsys.readouterr().out
+
+
+def test_a_padded_plan_costs_what_the_sampler_says():
+    options = [*PLAN, "--noise-multiplier", "1.1", "--padded-batch-size", "140"]
+    sampler = PoissonSampler(2000, 0.05, 140, SecureKey.generate())
+    args = cli._parser().parse_args(options)
+    assert budget_cli._event(args, 1.1, 100) == sampler.event(1.1)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from dpfa_jax import attention, clipping, keys
-from dpfa_jax.accounting import accountant
+from dpfa_jax.accounting import convention, events
 from dpfa_jax.audit import (
     attention_cases,
     audit_attention,
@@ -136,13 +136,13 @@ _ATTENTION_BUGS = {
         "sequence, replace_one, two layers", 4000, "broken",
     ),
     "composition not counted under replace_one": (
-        accountant._to_replace_one, None,
-        "return dp_accounting.SelfComposedDpEvent(_to_replace_one(inner), count)",
-        "return _to_replace_one(inner)",
+        events.leaves, None,
+        'leaves(event.event, count * _value_to_json("count", event.count))',
+        "leaves(event.event, count)",
         "sequence, replace_one, grouped queries", 4000, "broken",
     ),
     "replace_one translated twice": (
-        accountant._to_replace_one, None,
+        convention.to_replace_one, None,
         "return dp_accounting.GaussianDpEvent(2 * z)",
         "return dp_accounting.GaussianDpEvent(4 * z)",
         "record, replace_one, one row", 4000, "broken",

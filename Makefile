@@ -58,7 +58,7 @@ kernels-environment: $(AOT)/.aot
 
 kernels: kernels-environment
 	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false \
-		$(AOT)/bin/python -m pytest -n 2 -m aot tests/pallas_kernels
+		$(AOT)/bin/python -m pytest -n 2 -m aot tests/pallas_kernels/attention
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

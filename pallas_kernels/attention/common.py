@@ -79,21 +79,20 @@ def row_dots(
 
 
 def through_clip(
-    d_clipped: Float[Array, "b s k h"],
-    value: Float[Array, "b s k h"],
-    scale: Float32[Array, "b k s"],
+    d_clipped: Float32[Array, "*b h"],
+    value: Float32[Array, "*b h"],
+    scale: Float32[Array, "*b 1"],
     bound: float,
-) -> Float[Array, "b s k h"]:
+) -> Float32[Array, "*b h"]:
     """The gradient of rows v from the gradient g of v̄ = c·v, c = min(1, bound/‖v‖).
 
     c·(g − v̄ (v̄·g)/bound²) where c < 1: only the direction of a clipped row matters. The
     gradient of a row that is not finite is 0.
     """
-    c = scale.swapaxes(1, 2)[..., None]
-    clipped = jnp.where(c > 0.0, value.astype(jnp.float32) * c, 0.0)
-    d = jnp.where(c > 0.0, d_clipped.astype(jnp.float32), 0.0)
-    along = jnp.sum(clipped * d, axis=-1, keepdims=True) * (1.0 / bound**2)
-    return (c * (d - jnp.where(c < 1.0, clipped * along, 0.0))).astype(d_clipped.dtype)
+    clipped = jnp.where(scale > 0.0, value * scale, 0.0)
+    d = jnp.where(scale > 0.0, d_clipped, 0.0)
+    along = jnp.sum(clipped * d, axis=-1, keepdims=True) * jnp.float32(1.0 / bound**2)
+    return scale * (d - jnp.where(scale < 1.0, clipped * along, 0.0))
 
 
 def clip_rows(value: Float[Array, "*b h"], bound: float) -> Float32[Array, "*b h"]:

@@ -64,7 +64,9 @@ def backward(
     dq, dk, dv = (jnp.swapaxes(x, 1, 2) for x in (dq, dk, dv))
     dq, dk, dv = dq[:, :num_rows], dk[:, :num_keys], dv[:, :num_keys]
     if value_scale is not None:
-        dv = common.through_clip(dv, value, value_scale, spec.value_clip)
+        scale = value_scale.swapaxes(1, 2)[..., None]
+        d_clipped, rows = (x.astype(jnp.float32) for x in (dv, value))
+        dv = common.through_clip(d_clipped, rows, scale, spec.value_clip).astype(dv.dtype)
     return dq, dk, dv
 
 

@@ -110,7 +110,7 @@ def forward(
     query_spec = pl.BlockSpec((None, num_rows, None, depth), lambda i, n, b: (b, 0, n, 0))
     key_spec = pl.BlockSpec((None, num_keys, None, depth), lambda i, n, b: (b, 0, n // groups, 0))
     scale_spec = pl.BlockSpec((None, None, num_keys), lambda i, n, b: (b, n // groups, 0))
-    noise_spec = pl.BlockSpec((None, 19), lambda i, n, b: (b, 0))
+    noise_spec = pl.BlockSpec((None, 11), lambda i, n, b: (b, 0))
     stat_spec = pl.BlockSpec((None, None, num_rows), lambda i, n, b: (b, n, 0))
     keep_clean = keep_clean and spec.mode == "sequence"
     out = jax.ShapeDtypeStruct(query.shape, query.dtype)
@@ -131,40 +131,8 @@ def forward(
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name=f"attention_{spec.mode}",
-    )(
-        query, key, value, value_scale,
-        None if noise is None else _with_child_keys(noise, interpret),
-        lengths,
-    )  # fmt: skip
+    )(query, key, value, value_scale, noise, lengths)
     return result
-
-
-def _with_child_keys(noise: jax.Array, interpret: bool) -> jax.Array:
-    """:func:`common.with_child_keys` in one launch: XLA makes some twenty of the loop."""
-    if interpret:
-        return common.with_child_keys(noise)
-
-    def kernel(noise_ref: Any, out_ref: Any) -> None:
-        parent = [noise_ref[i] for i in range(8)]
-        zero = jnp.uint32(0)
-        for n, purpose in enumerate((common.NUMERATOR, common.DENOMINATOR)):
-            words = prng.random_block(parent, (zero, zero, zero, jnp.uint32(purpose)))
-            for i in range(8):
-                out_ref[8 * n + i] = words[i]
-        for i in range(3):
-            out_ref[16 + i] = noise_ref[8 + i]
-
-    batch = noise.shape[0]
-    out: jax.Array = pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((batch, 19), jnp.uint32),
-        grid=(batch,),
-        in_specs=[pl.BlockSpec((None, 11), lambda b: (b, 0))],
-        out_specs=pl.BlockSpec((None, 19), lambda b: (b, 0)),
-        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
-        name="attention_child_keys",
-    )(noise)
-    return out
 
 
 def _kernel(
@@ -221,14 +189,16 @@ def _kernel(
     if clean_ref is not None:
         plgpu.store(clean_ref.at[row_slice, :], total.astype(q.dtype), mask=in_bounds[:, None])
     if spec.is_noisy:
-        words = [noise_ref[i] for i in range(19)]
-        row_counters = words[16] + rows.astype(jnp.uint32)
-        head_counter = words[17] + pl.program_id(1).astype(jnp.uint32)
-        g = _normal_tile(words[:8], row_counters, head_counter, words[18], q.shape[1], spec.rounds)
+        words = [noise_ref[i] for i in range(11)]
+        row_counters = words[8] + rows.astype(jnp.uint32)
+        head_counter = words[9] + pl.program_id(1).astype(jnp.uint32)
+        child = _child_key(words[:8], common.NUMERATOR)
+        g = _normal_tile(child, row_counters, head_counter, words[10], q.shape[1], spec.rounds)
         total = total + jnp.float32(spec.numerator_std) * g
         total = triton_tile.round_to_grid(total, spec.spacing(spec.numerator_std))
     if spec.mode == "record":
-        g = _normal_column(words[8:16], row_counters, head_counter, words[18], spec.rounds)
+        child = _child_key(words[:8], common.DENOMINATOR)
+        g = _normal_column(child, row_counters, head_counter, words[10], spec.rounds)
         stat = stat + jnp.float32(spec.denominator_std) * g
         stat = triton_tile.round_to_grid(stat, spec.spacing(spec.denominator_std))
         floor = jnp.float32(spec.denominator_floor)
@@ -318,6 +288,13 @@ def _softmax(
     lse = (top + jnp.log2(jnp.where(empty, 1.0, weight_sum))) * jnp.float32(math.log(2.0))
     average = total / jnp.where(empty, 1.0, weight_sum)[:, None]
     return average, jnp.where(empty, NOTHING_SEEN, lse)
+
+
+def _child_key(parent: list[jax.Array], purpose: int) -> list[jax.Array]:
+    """:func:`pallas_kernels.prng.derive_key` of scalars, its rounds in a loop."""
+    zero = jnp.uint32(0)
+    counters = (zero, zero, zero, jnp.uint32(purpose))
+    return list(prng.random_block(parent, counters, unroll=False)[:8])
 
 
 def _normal_tile(

@@ -135,8 +135,6 @@ def backward(
         interpret=interpret,
         name=f"attention_{spec.mode}_dkv",
     )(*operands)
-    if value_scale is not None:
-        dv = common.through_clip(dv, value, value_scale, spec.value_clip)
     return dq, dk, dv
 
 
@@ -298,6 +296,8 @@ def _key_kernel(
     zeros = jnp.zeros(k.shape, jnp.float32)
     dk, dv = jax.lax.fori_loop(0, count, body, (zeros, zeros))
     dk = dk * jnp.float32(spec.scale)
+    if scale is not None:
+        dv = common.through_clip(dv, v.astype(jnp.float32), scale[:, None], spec.value_clip)
     stored = (columns < num_keys)[:, None]
     plgpu.store(dk_ref.at[key_slice, :], dk.astype(k.dtype), mask=stored)
     plgpu.store(dv_ref.at[key_slice, :], dv.astype(k.dtype), mask=stored)

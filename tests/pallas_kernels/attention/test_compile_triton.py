@@ -70,6 +70,5 @@ def test_compiles(offline, name, card):
     for one_pass, operands in passes.items():
         compiled = offline.compile_for(card, one_pass, *operands)
         assert "__gpu$xla.gpu.triton" in compiled.as_text()
-        # Pointers to the outputs, the call's keys, and for the gradient a few numbers a key.
-        numbers = key.shape[0] * key.shape[1] * key.shape[2]
-        assert compiled.memory_analysis().temp_size_in_bytes < 2048 + 16 * numbers
+        # Pointers to the outputs, and nothing that grows with the input.
+        assert compiled.memory_analysis().temp_size_in_bytes < 256

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention import mosaic_gpu_backward_tiles as tiles
+from pallas_kernels.attention import mosaic_gpu_ops as ops
 from pallas_kernels.attention.spec import AttentionSpec
 
 _ROWS = 64  # of a tile: the M of one WGMMA instruction, one warpgroup
@@ -99,7 +100,7 @@ def _dq_kernel(
         plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
         own = pl.ds((tile * wgs + wg) * _ROWS, _ROWS)
         q, do = q_smem.at[wg], do_smem.at[wg]
-        lse, minus_delta, rows = (
+        minus_lse, minus_delta, rows = (
             plgpu.load(row_ref.at[batch, head, i, own], layout=tiles.LINE[0], optimized=False)
             for i in range(3)
         )
@@ -119,17 +120,20 @@ def _dq_kernel(
                         s = tiles.hide(
                             spec, s, tiles.spread(rows, shape, 0), tiles.spread(columns, shape, 1)
                         )
-                    p, _ = tiles.weights(spec, s, tiles.spread(lse, shape, 0), only_free=True)
+                    p, _ = tiles.weights(spec, s, tiles.spread(minus_lse, shape, 0), only_free=True)
                     if spec.is_noisy:
                         c = tiles.spread(
                             plgpu.load(key_smem.at[slot, 0], layout=tiles.LINE[1]), shape, 1
                         )
                     d = plgpu.wgmma_accumulator_load(dp, wait_n=0)
+                    offset = tiles.spread(minus_delta, shape, 0)
                     if spec.is_noisy:
                         if masked:  # v may be NaN where c is 0
                             d = jnp.where(c > 0.0, d, 0.0)
-                        d = d * c
-                    return (p * (d + tiles.spread(minus_delta, shape, 0))).astype(dtype)
+                        d = ops.fma(d, c, offset)
+                    else:
+                        d = d + offset
+                    return (p * d).astype(dtype)
 
                 acc = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
                 ds = pl.run_scoped(logit_gradients, acc, acc)
@@ -216,8 +220,10 @@ def _dkv_kernel(
                     s = tiles.hide(
                         spec, s, tiles.spread(columns, shape, 1), tiles.spread(keys, shape, 0)
                     )
-                lse = plgpu.load(row_smem.at[slot, 0], layout=tiles.LINE[1])
-                p, p_free = tiles.weights(spec, s, tiles.spread(lse, shape, 1), only_free=False)
+                minus_lse = tiles.spread(
+                    plgpu.load(row_smem.at[slot, 0], layout=tiles.LINE[1]), shape, 1
+                )
+                p, p_free = tiles.weights(spec, s, minus_lse, only_free=False)
                 p = p.astype(dtype)
                 plgpu.barrier_wait(do_bar.at[slot])
                 minus_delta = tiles.spread(
@@ -319,13 +325,17 @@ def _lines(
     """What belongs to single rows and keys and travels with their tiles.
 
     Returns:
-        float32 [B, N, 3, T']: lse in bits, −delta and the row number.
+        float32 [B, N, 3, T']: −lse in bits, −delta and the row number.
         float32 [B, K, 2, S']: value scale and key number.
         int32 [B, K, 2]: keys that exist; and the number of those at the beginning that need
         no mask even in their last tile, 0 where a value may be NaN.
     """
     numbers = jnp.arange(query.shape[1], dtype=jnp.float32)
-    rows = jnp.stack([lse * tiles.LOG2E, -delta, jnp.broadcast_to(numbers, lse.shape)], axis=2)
+    multiple = math.lcm(blocks.own, blocks.dkv_rows)
+    # A row that does not exist weighs nothing.
+    parts = [(lse * -tiles.LOG2E, -tiles.NEVER), (-delta, 0.0)]
+    parts.append((jnp.broadcast_to(numbers, lse.shape), tiles.NEVER))
+    rows = jnp.stack([_pad(x, 2, multiple, value) for x, value in parts], axis=2)
     shape = (key.shape[0], key.shape[2], key.shape[1])
     lengths = jnp.minimum(lengths.astype(jnp.int32), key.shape[1])[:, None]
     numbers = jnp.arange(key.shape[1], dtype=jnp.int32)
@@ -336,7 +346,7 @@ def _lines(
     keys = jnp.stack([scale, jnp.broadcast_to(numbers, shape)], axis=2)
     whole = jnp.where(jnp.any(scale == 0.0, axis=-1), 0, lengths)
     return (
-        _pad(rows, 3, math.lcm(blocks.own, blocks.dkv_rows), tiles.NEVER),
+        rows,
         _pad(keys, 3, math.lcm(blocks.own, blocks.dq_keys), tiles.NEVER),
         jnp.stack([jnp.broadcast_to(lengths, whole.shape), whole], axis=-1),
     )

@@ -12,12 +12,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.attention import mosaic_gpu_ops as ops
 from pallas_kernels.attention.spec import AttentionSpec
 
 TILE = plgpu.Layout.WGMMA
 LINE = (TILE.reduce(1), TILE.reduce(0))  # one value a row, one value a column
 LOG2E = math.log2(math.e)
-# lse of a row that does not exist and number of a key that does not: exp2(x - NEVER) is 0
+# lse of a row that does not exist and number of a key that does not: exp2(x − NEVER) is 0
 # for every logit x, and no row sees so late a key.
 NEVER = 1e30
 MOST = 2**24  # rows and keys are numbered in float32
@@ -119,7 +120,7 @@ def hide(spec: AttentionSpec, logits: jax.Array, row: jax.Array, key: jax.Array)
 
 
 def weights(
-    spec: AttentionSpec, products: jax.Array, lse2: jax.Array, *, only_free: bool
+    spec: AttentionSpec, products: jax.Array, minus_lse2: jax.Array, *, only_free: bool
 ) -> tuple[jax.Array, jax.Array]:
     """exp(x - lse) from products q·k, and the same where a gradient reaches the logit.
 
@@ -129,17 +130,15 @@ def weights(
         factor, bound = spec.scale * LOG2E, spec.logit_bound / spec.scale
     else:
         products, factor, bound = products * spec.scale, LOG2E, spec.logit_bound
-    if spec.mode == "exact":
-        weights = jnp.exp2(products * factor - lse2)
+    if spec.mode == "exact" or (spec.mode == "record" and not spec.bound_logits):
+        weights = jnp.exp2(ops.fma(products, factor, minus_lse2))
         return weights, weights
     if spec.mode == "sequence":
         bound, only_free = NEVER, True
     free = products < bound  # false for NaN
-    if only_free:
-        weights = jnp.exp2(jnp.where(free, products, -jnp.inf) * factor - lse2)
-        return weights, weights
-    weights = jnp.exp2(jnp.where(free, products, bound) * factor - lse2)
-    return weights, jnp.where(free, weights, 0.0)
+    clamped = jnp.where(free, products, -jnp.inf if only_free else bound)
+    weights = jnp.exp2(ops.fma(clamped, factor, minus_lse2))
+    return weights, weights if only_free else jnp.where(free, weights, 0.0)
 
 
 def _slot(i: jax.Array, stages: int) -> jax.Array:

@@ -9,6 +9,7 @@ add to the same words at the same time.
 # mypy: allow-untyped-defs, allow-untyped-calls
 # mypy: disable-error-code="no-any-return,arg-type,call-arg,abstract"
 
+import math
 from typing import Any
 
 import jax
@@ -214,57 +215,55 @@ def store_keys(words: tuple[jax.Array, ...], keys: Any) -> None:
     run(words, keys)
 
 
-def add_normals(
-    words: tuple[jax.Array, ...],
-    bank: Any,
-    warpgroup: jax.Array,
-    first_group: jax.Array,
-    register: jax.Array,
-    *,
-    factor: float,
-) -> None:
-    """Adds ``factor`` times a Gaussian, to nearest, to a register of each column group.
+def normals(words: tuple[jax.Array, ...], *, factor: float) -> tuple[jax.Array, ...]:
+    """``factor`` times a Gaussian for each word, to the nearest int32.
 
     The Gaussians are those of ``prng.box_muller`` on word pairs, with the hardware's
     approximations (absolute error of sine, cosine and logarithm about 2⁻²⁰).
     """
+    kind = plgpu.ShapeDtypeStruct((128,), jnp.int32, THREADS)
 
-    @plgpu.inline_mgpu(
-        arg_types=((THREADS,) * len(words), plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * 3)
-    )
-    def run(_, words, bank, warpgroup, first_group, register):
-        i32 = ir.IntegerType.get_signless(32)
-        address, _words = _bank_words(bank, warpgroup.registers[()])
-        where = arith.addi(
-            arith.muli(first_group.registers[()], regs.constant(i32, 4)),
-            register.registers[()],
-        )
-        address = arith.addi(address, arith.muli(where, regs.constant(i32, 512)))
+    @plgpu.inline_mgpu(arg_types=((THREADS,) * len(words),), return_type=(kind,) * len(words))
+    def run(_, words):
         bits = [w.registers.flat[0] for w in words]
-        values = [x for p in range(0, len(bits), 2) for x in _box_muller(*bits[p : p + 2])]
-        scale = regs.constant(ir.F32Type.get(), factor)
-        for group, value in enumerate(values):
-            add = f"red.shared.add.u32 [$0 + {2048 * group}], $1;"
-            _shared(add, address, _whole(value, scale))
+        values = [x for p in range(0, len(bits), 2) for x in _box_muller(*bits[p : p + 2], factor)]
+        return tuple(
+            regs.with_register(word, value) for word, value in zip(words, values, strict=True)
+        )
 
-    run(words, bank, warpgroup, first_group, register)
+    return run(words)
 
 
-def add_row_normals(
-    radius_word: jax.Array, angle_word: jax.Array, bank: Any, *, factor: float
+def add_noise(
+    values: tuple[jax.Array, ...], word: jax.Array, offsets: tuple[int, ...], bank: Any
 ) -> None:
-    """Adds ``factor`` times a Gaussian (the cosine one), to nearest, to ``bank`` [128]."""
+    """Adds a thread's values to the words ``word`` + ``offsets`` of ``bank``."""
 
-    @plgpu.inline_mgpu(arg_types=(THREADS, THREADS, plgpu.RefType()))
-    def run(_, radius_word, angle_word, bank):
+    @plgpu.inline_mgpu(arg_types=((THREADS,) * len(values), THREADS, plgpu.RefType()))
+    def run(_, values, word, bank):
         i32 = ir.IntegerType.get_signless(32)
-        value, _sine = _box_muller(radius_word.registers.flat[0], angle_word.registers.flat[0])
+        base = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(bank))
+        word = regs.scalar(word.registers.flat[0])
+        address = arith.addi(base, arith.muli(word, regs.constant(i32, 4)))
+        for value, offset in zip(values, offsets, strict=True):
+            add = f"red.shared.add.u32 [$0 + {4 * offset}], $1;"
+            _shared(add, address, regs.scalar(value.registers.flat[0]))
+
+    run(values, word, bank)
+
+
+def add_row_noise(values: jax.Array, bank: Any) -> None:
+    """Adds thread t's value to word t of ``bank`` [128]."""
+
+    @plgpu.inline_mgpu(arg_types=(THREADS, plgpu.RefType()))
+    def run(_, values, bank):
+        i32 = ir.IntegerType.get_signless(32)
         base = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(bank))
         address = arith.addi(base, arith.muli(regs.thread(), regs.constant(i32, 4)))
-        whole = _whole(value, regs.constant(ir.F32Type.get(), factor))
-        _shared("red.shared.add.u32 [$0], $1;", address, whole)
+        value = regs.scalar(values.registers.flat[0])
+        _shared("red.shared.add.u32 [$0], $1;", address, value)
 
-    run(radius_word, angle_word, bank)
+    run(values, bank)
 
 
 def _bank_order(sums):
@@ -349,20 +348,28 @@ def _magic(unit):
     return float(value), int(value.view(np.int32))
 
 
-def _box_muller(radius_word, angle_word):
+def _box_muller(radius_word, angle_word, factor):
+    """``factor`` times two Gaussians, to the nearest int32."""
+    i32 = ir.IntegerType.get_signless(32)
     f32 = ir.F32Type.get()
+    # ln u = ln 2 · lg2 u; the factor goes under the root.
+    operands = [
+        regs.scalar(radius_word),
+        regs.scalar(angle_word),
+        regs.constant(f32, -2.0 * math.log(2.0) * factor**2),
+    ]
     values = llvm.inline_asm(
-        llvm.StructType.get_literal((f32, f32)),
-        [regs.scalar(radius_word), regs.scalar(angle_word)],
+        llvm.StructType.get_literal((i32, i32)),
+        operands,
         "{ .reg .f32 u, x, a; .reg .b32 w;"
-        " and.b32 w, $3, 255; cvt.rn.f32.u32 u, w; fma.rn.ftz.f32 u, u, 0f3B800000, 0f3B000000;"
-        " cvt.rn.f32.u32 x, $2; add.ftz.f32 u, u, x; mul.ftz.f32 u, u, 0f2F800000;"  # 2^-32
-        " lg2.approx.ftz.f32 u, u; mul.ftz.f32 u, u, 0fBFB17218;"  # -2 ln 2
-        " sqrt.approx.ftz.f32 u, u;"
+        " and.b32 w, $3, 255; cvt.rn.f32.u32 u, w;"
+        " fma.rn.ftz.f32 u, u, 0f2B800000, 0f2B000000;"  # (low + 1/2) 2^-40
+        " cvt.rn.f32.u32 x, $2; fma.rn.ftz.f32 u, x, 0f2F800000, u;"  # 2^-32
+        " lg2.approx.ftz.f32 u, u; mul.ftz.f32 u, u, $4; sqrt.approx.ftz.f32 u, u;"
         " shr.u32 w, $3, 8; cvt.rn.f32.u32 a, w; mul.ftz.f32 a, a, 0f34C90FDB;"  # 2 pi / 2^24
-        " cos.approx.ftz.f32 x, a; mul.ftz.f32 $0, x, u;"
-        " sin.approx.ftz.f32 x, a; mul.ftz.f32 $1, x, u; }",
-        "=f,=f,r,r",
+        " cos.approx.ftz.f32 x, a; mul.ftz.f32 x, x, u; cvt.rni.s32.f32 $0, x;"
+        " sin.approx.ftz.f32 x, a; mul.ftz.f32 x, x, u; cvt.rni.s32.f32 $1, x; }",
+        "=r,=r,r,r,f",
         has_side_effects=False,
     )
-    return [llvm.extractvalue(f32, values, (i,)) for i in range(2)]
+    return [llvm.extractvalue(i32, values, (i,)) for i in range(2)]

@@ -313,17 +313,18 @@ def _make_noise(
     noise = [keys[i].astype(jnp.uint32) for i in range(16)] + [
         noise_ref[job.batch, i] for i in range(8, 11)
     ]
-    bank = scratch["bank"]
+    bank, row_bank = scratch["bank"], scratch["row_bank"]
+    row_noise = []  # made while the bank is not free yet
+    if spec.mode == "record":
+        row_noise = [_row_noise(spec, plan, noise, n, job) for n in range(0, plan.rows, 128)]
     plgpu.barrier_wait(scratch["zero_bar"])
 
-    @pl.loop(0, plan.warpgroups * 4 * pl.cdiv(bank.shape[1], 16))
+    @pl.loop(0, plan.warpgroups * bank.shape[1] // 4)
     def _(part: jax.Array) -> None:
-        _noise_slice(spec, plan, noise, bank, part, job.head, job.first_row)
+        banks.add_noise(*_tile_noise(spec, plan, noise, bank, part, job), bank)
 
-    if spec.mode == "record":
-        for first in range(0, plan.rows, 128):
-            row_bank = scratch["row_bank"].at[pl.ds(first, 128)]
-            _row_noise(spec, plan, noise, row_bank, job.head, job.first_row + first)
+    for n, values in enumerate(row_noise):
+        banks.add_row_noise(values, row_bank.at[pl.ds(128 * n, 128)])
     plgpu.barrier_arrive(scratch["noise_bar"])
     return job.batch
 
@@ -341,50 +342,64 @@ def _derive_keys(noise_ref: Any, batch: jax.Array, keys: Any) -> None:
     plgpu.commit_smem()
 
 
-def _noise_slice(
-    spec: AttentionSpec, plan: Plan, noise: Any, bank: Any, part: jax.Array,
-    head: jax.Array, first_row: jax.Array,
-) -> None:  # fmt: skip
-    """One block of words a thread: noise for one register of every column group of a tile.
+def _tile_noise(
+    spec: AttentionSpec, plan: Plan, noise: Any, bank: Any, part: jax.Array, job: _Job
+) -> tuple[tuple[jax.Array, ...], jax.Array, tuple[int, ...]]:
+    """The noise from one block of words a thread, as multiples of the plan's unit.
 
-    Thread t makes the values that thread t of a compute warpgroup will add.
+    A block is for one row and every eighth column of 128 (every fourth of 64). A warp has
+    blocks for 8 rows; where there are eight of a row, it has those whose values one register
+    of each of its threads' column groups will get: 32 banks of memory at a time.
+
+    Returns:
+        The values, the word of ``bank`` that the first is for, and how far from it the others'
+        are (``mosaic_gpu_bank.py`` has the order of the words).
     """
+    groups = bank.shape[1]
     thread = plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=regs.THREADS)
-    wide, rest = (
-        lax.div(part, jnp.int32(4 * plan.warpgroups)),
-        lax.rem(part, jnp.int32(4 * plan.warpgroups)),
+    lane = thread & 31
+    of_warpgroup = min(groups // 4, 4)  # parts
+    rest = lax.rem(part, jnp.int32(of_warpgroup * plan.warpgroups))
+    own, rest = lax.div(rest, jnp.int32(of_warpgroup)), lax.rem(rest, jnp.int32(of_warpgroup))
+    if groups == 8:
+        wide = jnp.int32(0)
+        block = lane & 3
+        row = 32 * rest + 8 * (thread >> 5) + (lane >> 2)
+        offsets = tuple(512 * (p // 2) + 2 * (p % 2) for p in range(16))
+    else:
+        wide = lax.div(part, jnp.int32(4 * plan.warpgroups))
+        block = 2 * (lane & 3) + (rest & 1)
+        row = 16 * (thread >> 5) + 8 * (rest >> 1) + (lane >> 2)
+        offsets = tuple(512 * p for p in range(16))
+    words = _noise_words(
+        spec, noise[:8], noise, block + 8 * wide, row + (own * ROWS + job.first_row), job.head
     )
-    own, register = lax.div(rest, jnp.int32(4)), lax.rem(rest, jnp.int32(4))
-    lane = lax.rem(thread, jnp.int32(32))
-    row = lax.div(thread, jnp.int32(32)) * 16 + lax.div(lane, jnp.int32(4))
-    row = row + 8 * lax.div(register, jnp.int32(2)) + own * ROWS + first_row
-    column = lax.rem(lane, jnp.int32(4)) * 2 + lax.rem(register, jnp.int32(2)) + 8 * wide
+    # Thread 32·(row / 16) + 4·(row mod 8) + (column mod 8) / 2 holds an element, in register
+    # 2·(row / 8 mod 2) + column mod 2 of its column group.
+    register = 2 * ((row >> 3) & 1) + (block & 1)
+    word = 128 * register + 32 * (row >> 4) + 4 * (row & 7) + (block >> 1)
+    word = word + 512 * (groups * own + 16 * wide)
+    return banks.normals(words, factor=spec.numerator_std / plan.unit), word, offsets
+
+
+def _row_noise(spec: AttentionSpec, plan: Plan, noise: Any, first: int, job: _Job) -> jax.Array:
+    """The noise of the rows' sums of weights: thread t makes that of row ``first`` + t."""
+    row = plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=regs.THREADS)
+    row = row + (job.first_row + first)
+    words = _noise_words(spec, noise[8:16], noise, jnp.int32(0), row, job.head)
+    return banks.normals(words[:2], factor=spec.denominator_std / plan.row_unit)[0]
+
+
+def _noise_words(
+    spec: AttentionSpec, key: Any, noise: Any, block: jax.Array, row: jax.Array, head: jax.Array
+) -> tuple[jax.Array, ...]:
     counters = (
-        column.astype(jnp.uint32),
+        block.astype(jnp.uint32),
         row.astype(jnp.uint32) + noise[16],
         head.astype(jnp.uint32) + noise[17],
         noise[18],
     )
-    words = prng.random_block(noise[:8], counters, rounds=spec.rounds, unroll=False)
-    factor = spec.numerator_std / plan.unit
-    used = words[: min(16, bank.shape[1])]
-    banks.add_normals(used, bank, own, 16 * wide, register, factor=factor)
-
-
-def _row_noise(
-    spec: AttentionSpec, plan: Plan, noise: Any, bank: Any, head: jax.Array, first_row: jax.Array
-) -> None:
-    """The noise of the rows' sums of weights: thread t makes that of row t."""
-    row = plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=regs.THREADS) + first_row
-    counters = (
-        jnp.uint32(0),
-        row.astype(jnp.uint32) + noise[16],
-        head.astype(jnp.uint32) + noise[17],
-        noise[18],
-    )
-    words = prng.random_block(noise[8:16], counters, rounds=spec.rounds, unroll=False)
-    factor = spec.denominator_std / plan.row_unit
-    banks.add_row_normals(words[0], words[1], bank, factor=factor)
+    return prng.random_block(key, counters, rounds=spec.rounds, unroll=False)
 
 
 def _compute(
@@ -576,8 +591,7 @@ def _weigh(
     """Weights of a tile, the rows' state after it, and what to multiply the sums with."""
     first_column = tile * plan.keys
     if spec.mode == "sequence":
-        logits = jnp.where(logits == logits, logits, -1e30)
-        logits = jnp.minimum(jnp.maximum(logits, -1e30), 1e30)
+        logits = ops.finite(logits)
     if careful:
         logits = _hide(spec, logits, first_row, first_column, length)
     scale = spec.scale * _LOG2E

@@ -143,6 +143,57 @@ def exp2_and_sum(
     return run(logits, offset, total)
 
 
+def finite(logits: jax.Array) -> jax.Array:
+    """``common.finite_logits`` of a tile (``TILE``) in two instructions an element."""
+    asm = "{ .reg .f32 x; max.f32 x, $1, $2; min.f32 $0, x, $3; }"  # of NaN and y: y
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(logits.shape, jnp.float32, TILE)
+    )
+    def run(_, x):
+        f32 = ir.F32Type.get()
+        limits = [regs.constant(f32, -1e30), regs.constant(f32, 1e30)]
+        return _map(x, lambda value: llvm.inline_asm(f32, [value, *limits], asm, "=f,f,f,f"))
+
+    return run(logits)
+
+
+def fma(x: jax.Array, factor: jax.Array | float, addend: jax.Array) -> jax.Array:
+    """``x·factor + addend`` of float32 tiles (``TILE``), one instruction an element.
+
+    A multiplication and an addition that are written as such stay two.
+    """
+    arrays = [x, addend] + ([] if isinstance(factor, float) else [factor])
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE,) * len(arrays),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, TILE),
+    )
+    def run(_, x, addend, *factors):
+        f32 = ir.F32Type.get()
+        asm = "fma.rn.ftz.f32 $0, $1, $2, $3;"
+
+        def one(value, added, by=None):
+            by = regs.constant(f32, factor) if by is None else by
+            return llvm.inline_asm(f32, [value, by, added], asm, "=f,f,f,f")
+
+        return _map(x, one, addend, *factors)
+
+    return run(*arrays)
+
+
+def _map(x, function, *others):
+    """``function`` of every element of tiles, as a tile."""
+    held = np.empty(x.registers.shape, dtype=object)
+    for index, _half, _group in regs.walk(x):
+        values = [
+            function(*(vector.extract(y.registers[index], [], [e]) for y in (x, *others)))
+            for e in range(2)
+        ]
+        held[index] = vector.from_elements(ir.VectorType.get((2,), ir.F32Type.get()), values)
+    return regs.like(x, held)
+
+
 def pack(weights: jax.Array, factors: jax.Array | None, dtype: Any) -> jax.Array:
     """Weights in a short format, times a factor a column: a conversion and a MUL for two.
 

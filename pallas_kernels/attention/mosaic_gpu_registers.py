@@ -75,6 +75,13 @@ def scalar(x):
     return vector.extract(x, [], [0]) if isinstance(x.type, ir.VectorType) else x
 
 
+def with_register(x, value):
+    """An int32 array of one element a thread, in the layout of ``x``."""
+    registers = x.registers.copy()
+    registers.flat[0] = as_register(x, value, value.type)
+    return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=True)
+
+
 def row_values(x):
     """The values of the two rows that a thread holds, from a ``PER_ROW`` array."""
     values = list(x.registers.flat)

@@ -252,12 +252,12 @@ class Place:
 
     def normals(self, rows: int, columns: int) -> Float32[Array, "r c"]:
         """Noise of the numerator or of output rows: [rows, columns]."""
-        tiles = []
+        tiles, blocks = [], prng.blocks_of_tile(columns)
         for start in range(0, columns, LANES):
-            first = _numbers((8, rows), 0) + jnp.uint32(start // LANES * 8)
-            block = self._block(self.words[:8], first, _numbers((8, rows), 1))
+            first = _numbers((blocks, rows), 0) + jnp.uint32(start // LANES * blocks)
+            block = self._block(self.words[:8], first, _numbers((blocks, rows), 1))
             parts: list[jax.Array] = []
-            for p in range(0, min(columns - start, LANES) // 8, 2):
+            for p in range(0, 16, 2):
                 parts.extend(prng.box_muller(block[p], block[p + 1]))
             tiles.append(jnp.concatenate(parts, axis=0).T)
         return jnp.concatenate(tiles, axis=1)

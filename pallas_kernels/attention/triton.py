@@ -306,23 +306,23 @@ def _normal_tile(
     rounds: prng.Rounds,
 ) -> Float32[Array, "t h"]:
     """The normals of :func:`pallas_kernels.prng.normal_tile` for some rows of one head."""
-    tiles = pl.cdiv(depth, 128)
-    block = jax.lax.broadcasted_iota(jnp.uint32, (1, 8 * tiles), 1)
+    tiles, blocks = pl.cdiv(depth, 128), prng.blocks_of_tile(depth)
+    block = jax.lax.broadcasted_iota(jnp.uint32, (1, blocks * tiles), 1)
     words = prng.random_block(
         key_words, (block, rows[:, None], head, batch), rounds=rounds, unroll=False
     )
     gaussians: list[jax.Array] = []
-    for p in range(0, min(16, depth // 8), 2):
+    for p in range(0, 16, 2):
         gaussians.extend(prng.box_muller(words[p], words[p + 1]))
     # Triton cannot write to a part of an array, but it can interleave two arrays. Putting
     # the halves of the list together again and again appends the word's number, bit by
-    # bit: [t, 8·tiles] → [t, 8·tiles, 2, 2, ...].
+    # bit: [t, tiles·blocks] → [t, tiles·blocks, 2, 2, ...].
     while len(gaussians) > 1:
         half = len(gaussians) // 2
         pairs = zip(gaussians[:half], gaussians[half:], strict=True)
         gaussians = [jnp.stack(pair, axis=-1) for pair in pairs]
-    # Column 128·tile + 8·word + block.
-    words_last = gaussians[0].reshape(rows.shape[0], tiles, 8, depth // (8 * tiles))
+    # Column 128·tile + blocks·word + block.
+    words_last = gaussians[0].reshape(rows.shape[0], tiles, blocks, 16)
     return words_last.transpose(0, 1, 3, 2).reshape(rows.shape[0], depth)
 
 

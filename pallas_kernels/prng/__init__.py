@@ -8,11 +8,12 @@ from pallas_kernels.prng.chacha import (
     random_block,
     stream_words,
 )
-from pallas_kernels.prng.normal import box_muller, normal_stream, normal_tile
+from pallas_kernels.prng.normal import blocks_of_tile, box_muller, normal_stream, normal_tile
 
 __all__ = [
     "ROUNDS",
     "Rounds",
+    "blocks_of_tile",
     "box_muller",
     "chacha_block",
     "derive_key",

@@ -10,7 +10,8 @@ where many more pairs are released at a time (docs/privacy.md, section 5).
 Two layouts. :func:`normal_stream` fills a flat vector, for gradients.
 :func:`normal_tile` numbers attention rows: the block of row ``t`` and column ``c`` has
 the counters (8·⌊c/128⌋ + c mod 8, t, head, batch), and its word ⌊(c mod 128)/8⌋ becomes
-that column. This is the order in which a Hopper matrix accumulator holds its columns,
+that column. Rows of at most 64 columns take four blocks: (c mod 4, t, head, batch), word
+⌊c/4⌋. This is the order in which a Hopper matrix accumulator holds its columns,
 so that a fused kernel can make its noise in place; any other kernel only has to
 number its columns the same way.
 """
@@ -72,6 +73,16 @@ def normal_stream(
     return jnp.stack(pair, axis=-1).reshape(-1)[:size]
 
 
+def blocks_of_tile(columns: int) -> int:
+    """Blocks that a tile of attention noise takes: of 128 columns, or of 64 where these do.
+
+    Example:
+        >>> blocks_of_tile(64), blocks_of_tile(96), blocks_of_tile(256)
+        (4, 8, 8)
+    """
+    return 4 if columns <= 64 else 8
+
+
 def normal_tile(
     key_words: UInt32[Array, "*kb 8"],
     batch: UInt32[Array, "b"],
@@ -94,11 +105,11 @@ def normal_tile(
     Returns:
         float32 of shape [batch, rows, heads, columns].
     """
-    tiles = -(-columns // 128)
-    # A tile narrower than 128 columns uses the low words of its blocks only.
-    used = 16 if tiles > 1 else -(-columns // 16) * 2
+    tiles, blocks = -(-columns // 128), blocks_of_tile(columns)
+    # A tile that is not full uses the low words of its blocks only.
+    used = 16 if tiles > 1 else -(-columns // (2 * blocks)) * 2
     counters = (
-        jnp.arange(8 * tiles, dtype=jnp.uint32)[None, None, None, :],
+        jnp.arange(blocks * tiles, dtype=jnp.uint32)[None, None, None, :],
         rows[None, :, None, None],
         jnp.arange(heads, dtype=jnp.uint32)[None, None, :, None],
         batch[:, None, None, None],
@@ -107,6 +118,6 @@ def normal_tile(
     gaussians: list[jax.Array] = []
     for p in range(0, used, 2):
         gaussians.extend(box_muller(block[p], block[p + 1]))
-    # [b, t, n, 8·tiles] words → [b, t, n, tiles, word, 8] → columns in order.
-    tile = jnp.stack([g.reshape(*g.shape[:-1], tiles, 8) for g in gaussians], axis=-2)
+    # [b, t, n, tiles·blocks] words → [b, t, n, tiles, word, block] → columns in order.
+    tile = jnp.stack([g.reshape(*g.shape[:-1], tiles, blocks) for g in gaussians], axis=-2)
     return tile.reshape(*tile.shape[:3], -1)[..., :columns]

@@ -98,14 +98,18 @@ def stream(key, size, nonce):
 def tile(key, batch, rows, heads, columns, rounds=20):
     """[batch, rows, heads, columns] normals, gathered column by column from the docstring."""
     c = np.arange(columns)
+    if columns <= 64:
+        block, word = c % 4, c // 4
+    else:
+        block, word = 8 * (c // 128) + c % 8, (c % 128) // 8
     counters = np.broadcast_arrays(
-        (8 * (c // 128) + c % 8).astype(np.uint64)[None, None, None, :],
+        block.astype(np.uint64)[None, None, None, :],
         np.asarray(rows, np.uint64)[None, :, None, None],
         np.arange(heads, dtype=np.uint64)[None, None, :, None],
         np.asarray(batch, np.uint64)[:, None, None, None],
     )
     block_words = np.stack(words(key, counters, rounds), axis=-1)
-    which = np.broadcast_to((c % 128) // 8, counters[0].shape)[..., None]
+    which = np.broadcast_to(word, counters[0].shape)[..., None]
     pair = which - which % 2
     first, second = box_muller(
         np.take_along_axis(block_words, pair, -1)[..., 0],

@@ -62,13 +62,8 @@ CASES = {
 }  # fmt: skip
 
 
-# Bytes that a thread spills; none elsewhere. The one compute warpgroup of a wide head holds
-# 128 registers of sums, 32 of logits and as many of weights, and the masks need the rest.
-SPILLS = {
-    "record, D=256": 16,
-    "record, D=256, causal, GQA": 24,
-    "sequence, D=256, causal": 8,
-}
+# Bytes that a thread spills: two addresses, once a job, and with jax 0.12 alone. None elsewhere.
+SPILLS = {"sequence, D=256, causal": 8}
 
 
 def factor_shapes(value):

@@ -56,7 +56,7 @@ test: .venv/.dev
 
 kernels: $(AOT)/.aot
 	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false \
-		$(AOT)/bin/python -m pytest -n 2 -m aot tests/pallas_kernels/attention
+		$(AOT)/bin/python -m pytest -n 2 -m aot tests/pallas_kernels
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselects (and counts) tests for what is not here.
+    """Deselects (and counts) tests for what is not here; puts the slow ones first.
 
     GPU tests where there is no GPU: they run on a device run. Tests of PostgreSQL where its
     server is not installed; CI installs it. Tests that compile for other machines unless ``-m``
@@ -54,3 +54,5 @@ def pytest_collection_modifyitems(config, items):
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
+    # What takes longest comes first: a worker that is done takes over what is last.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # JAX finds them and no accelerator, every program starts with their warnings.
 AOT := .venv-aot
 
-.PHONY: help install demo retrieval test kernels lint format clean
+.PHONY: help install demo retrieval test kernels kernels-environment lint format clean
 help:
 	@echo "make demo       train a private model on real messages; writes runs/demo/report.html"
 	@echo "make retrieval  private labelled texts answer 1,000 public queries"
@@ -52,11 +52,13 @@ retrieval: .venv/.retrieval
 	$(BIN)/python examples/private_retrieval.py
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-kernels: $(AOT)/.aot
+kernels-environment: $(AOT)/.aot
+
+kernels: kernels-environment
 	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false \
-		$(AOT)/bin/python -m pytest -n 2 -m aot tests/pallas_kernels/attention
+		$(AOT)/bin/python -m pytest -n 2 -m aot tests/pallas_kernels
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

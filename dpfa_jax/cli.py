@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpfa_jax import budget_cli
+from dpfa_jax.audit import cli as audit_cli
 from dpfa_jax.messages import language
 
 
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     budget_cli.add_parser(commands)
     _add_bench(commands)
+    audit_cli.add_parser(commands)
     doctor = commands.add_parser(
         "doctor", help="which attention implementation each feature gets here, and why"
     )
@@ -238,6 +240,8 @@ def main(argv: list[str] | None = None) -> int:
             return budget_cli.run(args)
         elif args.command == "bench":
             _bench(args, argv)
+        elif args.command == "audit":
+            return audit_cli.run(args, argv)
         else:
             from dpfa_jax import doctor
 

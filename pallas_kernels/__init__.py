@@ -6,5 +6,7 @@ these numbers must be for a privacy guarantee is the business of :mod:`dpfa_jax`
 
 * :mod:`pallas_kernels.attention`: exact, record-level and sequence-level attention
   behind one function with several implementations.
+* :mod:`pallas_kernels.grad_norm`: norms of per-example weight gradients, which are never
+  formed.
 * :mod:`pallas_kernels.prng`: the ChaCha block function and Gaussians made from it.
 """

@@ -1,5 +1,7 @@
 """Every test runs with strict dtype promotion, on CPU unless it is marked gpu."""
 
+import gc
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +12,12 @@ _CACHE = Path(__file__).parents[1] / ".cache" / "tests-jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# A CPU program is compiled once here and run a few times, so that LLVM's optimiser costs more
+# than it saves. With another back end's plug-in it stays on: it would change what is compiled
+# there.
+_FLAGS = os.environ.get("XLA_FLAGS", "")
+if "xla_backend_optimization_level" not in _FLAGS and not importlib.util.find_spec("jax_plugins"):
+    os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_backend_optimization_level=0".strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -21,8 +29,15 @@ def _strict_dtypes():
         yield
 
 
+def pytest_collection_finish():
+    # What the libraries made when they were imported stays; no collection needs to look at it.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
+
+
 def pytest_collection_modifyitems(config, items):
-    """Deselects (and counts) tests for what is not here.
+    """Deselects (and counts) tests for what is not here; puts the slow ones first.
 
     GPU tests where there is no GPU: they run on a device run. Tests of PostgreSQL where its
     server is not installed; CI installs it. Tests that compile for other machines unless ``-m``
@@ -39,3 +54,5 @@ def pytest_collection_modifyitems(config, items):
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
+    # What takes longest comes first: a worker that is done takes over what is last.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

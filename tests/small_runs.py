@@ -15,7 +15,7 @@ SMALL: dict[str, Any] = {
     "privacy": {
         "unit": "user",
         "adjacency": "add_remove",
-        "epsilon": 0.1,
+        "epsilon": 0.03,
         "delta": 9e-5,
         "l2_clip_norm": 0.1,
     },

@@ -10,12 +10,14 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels.attention import common, fused, reference, tuning, xla
 from pallas_kernels.attention.spec import AttentionSpec
+from pallas_kernels.devices import PLATFORMS
+from pallas_kernels.devices import wrong_device as _wrong_device
 
 Implementation = Literal["mosaic_gpu", "triton", "mosaic_tpu", "xla", "reference"]
 
-# Modules of kernels, best first, with the platform each one runs on. They are imported
-# when first used: their compilers take a second to load.
-_KERNELS: dict[str, str] = {"mosaic_gpu": "gpu", "triton": "gpu", "mosaic_tpu": "tpu"}
+# Modules of kernels, best first. They are imported when first used: their compilers take a
+# second to load.
+_KERNELS = tuple(PLATFORMS)
 _PLAIN: dict[str, Callable[..., jax.Array]] = {
     "xla": xla.attention,
     "reference": reference.attention,
@@ -30,22 +32,6 @@ def implementations() -> tuple[str, ...]:
 
 def _module(name: str) -> Any:
     return importlib.import_module(f"pallas_kernels.attention.{name}")
-
-
-def _wrong_device(name: str) -> str | None:
-    """Why the kernels ``name`` cannot run on this process's default device."""
-    platform = jax.default_backend()
-    if platform != _KERNELS[name]:
-        return f"needs a {_KERNELS[name].upper()}, the default backend is {platform!r}"
-    device = jax.devices()[0]
-    if platform == "gpu":
-        capability = str(getattr(device, "compute_capability", "0.0"))
-        major = int(capability.split(".")[0])
-        if name == "mosaic_gpu" and major != 9:
-            return f"needs a Hopper GPU (compute capability 9.0), this is {capability}"
-        if name == "triton" and major < 8:
-            return f"needs compute capability 8.0 or more, this is {capability}"
-    return None
 
 
 def explain(

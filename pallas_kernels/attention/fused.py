@@ -6,15 +6,14 @@ same for all of them is here, once.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, UInt32
 
+from pallas_kernels import batching
 from pallas_kernels.attention.spec import AttentionSpec
 
 # Head dimensions that kernels are written for; others are padded with zeros.
@@ -167,7 +166,9 @@ def _differentiable(
     lengths: jax.Array,
 ) -> jax.Array:
     scale = _value_scale(backend, value, spec)
-    run = _folded(backend, "forward", spec, blocks=blocks[0], interpret=interpret, keep_clean=False)
+    run = batching.folded(
+        backend, "forward", spec, blocks=blocks[0], interpret=interpret, keep_clean=False
+    )
     return run(query, key, value, scale, noise, lengths)[0]
 
 
@@ -183,7 +184,7 @@ def _forward(
     lengths: jax.Array,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     scale = _value_scale(backend, value, spec)
-    run = _folded(backend, "forward", spec, blocks=blocks[0], interpret=interpret)
+    run = batching.folded(backend, "forward", spec, blocks=blocks[0], interpret=interpret)
     out, stat, clean = run(query, key, value, scale, noise, lengths)
     kept = out if clean is None else clean
     return out, (query, key, value, scale, lengths, kept, stat)
@@ -198,13 +199,13 @@ def _backward(
     d_out: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
     query, key, value, scale, lengths, out, stat = residuals
-    delta = _folded(backend, "row_dots")(d_out, out)
+    delta = batching.folded(backend, "row_dots")(d_out, out)
     lse = stat
     if spec.mode == "record":
         # At the floor the denominator is a constant and passes no gradient.
         delta = jnp.where(stat > jnp.float32(spec.denominator_floor), delta, 0.0)
         lse = jnp.log(stat) + jnp.float32(spec.logit_bound)
-    run = _folded(backend, "backward", spec, blocks=blocks[1], interpret=interpret)
+    run = batching.folded(backend, "backward", spec, blocks=blocks[1], interpret=interpret)
     dq, dk, dv = run(query, key, value, scale, lengths, lse, delta, d_out)
     return dq, dk, dv, None, None
 
@@ -213,27 +214,4 @@ _differentiable.defvjp(_forward, _backward)
 
 
 def _value_scale(backend: Any, value: jax.Array, spec: AttentionSpec) -> Any:
-    return _folded(backend, "value_scale", spec)(value) if spec.is_noisy else None
-
-
-@functools.cache
-def _folded(backend: Any, name: str, *static: AttentionSpec, **options: Any) -> Callable[..., Any]:
-    """A kernel call for which ``vmap`` makes the batch longer instead of adding an axis."""
-    kernel = getattr(backend, name)
-
-    @custom_vmap
-    def run(*operands: Any) -> Any:
-        return kernel(*operands, *static, **options)
-
-    @run.def_vmap
-    def _(axis_size: int, is_mapped: Any, *operands: Any) -> Any:
-        def fold(x: jax.Array, mapped: bool) -> jax.Array:
-            if not mapped:
-                x = jnp.broadcast_to(x, (axis_size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        results = run(*jax.tree.map(fold, operands, tuple(is_mapped)))
-        apart = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), results)
-        return apart, jax.tree.map(lambda _: True, apart)
-
-    return run  # type: ignore[no-any-return]
+    return batching.folded(backend, "value_scale", spec)(value) if spec.is_noisy else None

@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import prng
+from pallas_kernels import devices, prng
 from pallas_kernels.attention import common, fused
 from pallas_kernels.attention import mosaic_gpu_bank as banks
 from pallas_kernels.attention import mosaic_gpu_ops as ops
@@ -146,14 +146,6 @@ class Jobs:
         return _Job(batch, head, kv_head, first_row, length, low, high)
 
 
-def _multiprocessors() -> int:
-    """Of the GPU here; of an H100 where there is none (kernels that are only compiled)."""
-    try:
-        return int(jax.devices("gpu")[0].core_count)
-    except RuntimeError:
-        return 132
-
-
 def launch(
     spec: AttentionSpec,
     plan: Plan,
@@ -169,7 +161,7 @@ def launch(
     """Runs the kernel: output, statistic (bits as int32, padded rows) and clean output."""
     batch, _, heads, depth = query.shape
     w, dtype = plan.warpgroups, query.dtype
-    jobs = Jobs(spec, plan, batch, heads, heads // key.shape[2], _multiprocessors())
+    jobs = Jobs(spec, plan, batch, heads, heads // key.shape[2], devices.multiprocessors())
     like_query = jax.ShapeDtypeStruct(query.shape, dtype)
     out_type = [
         like_query,

@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import jax
 import pytest
 
 
@@ -31,7 +32,16 @@ def oracle():
 
 @pytest.fixture(scope="session")
 def offline():
-    return _load(Path(__file__).parent / "attention" / "offline.py")
+    return _load(Path(__file__).parent / "offline.py")
+
+
+@pytest.fixture
+def no_cache():
+    """A program for a chip that is not there can be put into JAX's cache, but not read."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
-"""Solving for the noise takes longer than these small runs; each plan is solved once."""
+"""Reading data and solving for the noise take longer than small runs; each is done once."""
+
+import functools
 
 import pytest
 
-from dpfa_jax.train import loop
+from dpfa_jax.train import data, loop
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -18,5 +20,13 @@ def _solve_each_plan_once():
 
     patch = pytest.MonkeyPatch()
     patch.setattr(loop, "calibrate_noise_multiplier", once)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _read_the_messages_once():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(data, "read_chitchat", functools.cache(data.read_chitchat))
     yield
     patch.undo()

@@ -5,16 +5,14 @@ blocks are aligned, and that the default block sizes fit into each chip's memory
 """
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
 from pallas_kernels.attention import AttentionSpec, mosaic_tpu
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("no_cache")]
 
 CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
@@ -67,28 +65,11 @@ def make_spec(depth, mode, **options):
     return AttentionSpec(mode=mode, scale=depth**-0.5, **noisy[mode], **options)
 
 
-@pytest.fixture(autouse=True)
-def _no_cache():
-    """A program for a chip that is not there can be put into JAX's cache, but not read."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-
-
-@functools.cache
-def device(chip):
-    # One process at a time may hold a chip, and libtpu guards that with a lock. There is
-    # no chip here.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=chip).devices[0]
-
-
-def compile_for(chip, case, direction, blocks=None):
+def compile_for(offline, chip, case, direction, blocks=None):
     """The compiled program of one pass."""
     (batch, num_rows, num_keys, heads, kv_heads, depth), dtype, options = case
     spec = make_spec(depth, **options)
-    sharding = jax.sharding.SingleDeviceSharding(device(chip))
+    sharding = jax.sharding.SingleDeviceSharding(offline.tpu(chip))
 
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -111,14 +92,14 @@ def compile_for(chip, case, direction, blocks=None):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("chip", CHIPS)
-def test_compiles(chip, name, direction):
-    compiled = compile_for(chip, CASES[name], direction)
+def test_compiles(offline, chip, name, direction):
+    compiled = compile_for(offline, chip, CASES[name], direction)
     kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
     assert kernels == (1 if direction == "forward" else 2)
 
 
-def test_blocks_that_do_not_fit_are_refused():
+def test_blocks_that_do_not_fit_are_refused(offline):
     """So the compiler does look at the chip's memory."""
     case = ((1, 4096, 512, 1, 1, 256), "float32", {"mode": "exact"})
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
-        compile_for("v5e:2x2", case, "backward", mosaic_tpu.Blocks(query=1024))
+        compile_for(offline, "v5e:2x2", case, "backward", mosaic_tpu.Blocks(query=1024))

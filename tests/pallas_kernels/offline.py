@@ -1,11 +1,12 @@
-"""Compiling for NVIDIA GPUs that are not there.
+"""Compiling for NVIDIA GPUs and TPUs that are not there.
 
 XLA's CUDA compiler needs no card, only a description of one. ptxas really runs: what does
-not fit into registers or shared memory fails here.
+not fit into registers or shared memory fails here. So does libtpu's own compiler.
 """
 
 import dataclasses
 import functools
+import os
 import re
 import warnings
 
@@ -135,3 +136,12 @@ platform_name: "CUDA"
 device_description_str: "{name}"
 """
     return topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
+
+
+@functools.cache
+def tpu(chip):
+    """A TPU of the topology ``chip``, such as 'v5e:2x2', to compile for."""
+    # One process at a time may hold a chip, and libtpu guards that with a lock. There is
+    # no chip here.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return topologies.get_topology_desc(platform="tpu", topology_name=chip).devices[0]

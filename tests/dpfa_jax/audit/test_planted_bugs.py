@@ -1,0 +1,413 @@
+"""Planted bugs: each is one line, and an audit must fail for it (docs/auditing.md, table).
+
+An audit fails for a correct library with probability below 10⁻³ (99 % bounds, both rates),
+so a bug that is not there would be "found" at that rate; what counts here is that a bug
+that is there is missed with probability below 10⁻⁶: every bound below is more than five
+deviations (0.031 in μ at 4,000 samples, 0.020 at 10,000) beyond the claim. Keys are fixed.
+"""
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dpfa_jax import attention, clipping, keys
+from dpfa_jax.accounting import convention, events
+from dpfa_jax.audit import (
+    attention_cases,
+    audit_attention,
+    audit_training,
+    training,
+    training_cases,
+)
+from dpfa_jax.mechanisms import attention as sensitivity
+from dpfa_jax.mechanisms import gradient
+from dpfa_jax.optim import noise
+from dpfa_jax.sampling import PoissonSampler
+from pallas_kernels.attention import common
+
+
+def _load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+mutants = _load(Path(__file__).with_name("mutants.py"))
+
+# The package exports a function of the module's name.
+attention_fn = importlib.import_module("dpfa_jax.attention_fn")
+
+ATTENTION = {case.name: case for case in attention_cases()}
+TRAINING = {case.name: case for case in training_cases()}
+
+
+# name -> (function, its class or None, line, line with the bug, case, samples, verdict)
+_ATTENTION_BUGS = {
+    "noise of the numerator halved": (
+        sensitivity.RecordSensitivity.numerator_std, sensitivity.RecordSensitivity,
+        "return noise_multiplier * self.joint", "return noise_multiplier * self.joint / 2",
+        "record, replace_one, one row", 4000, "broken",
+    ),
+    "noise doubled": (
+        sensitivity.RecordSensitivity.numerator_std, sensitivity.RecordSensitivity,
+        "return noise_multiplier * self.joint", "return noise_multiplier * self.joint * 2",
+        "record, replace_one, one row", 10_000, "wasteful",
+    ),
+    "no noise on the sum of weights": (
+        common.release_record, None,
+        "noisy_l = denominator + jnp.float32(spec.denominator_std) * g_l",
+        "noisy_l = denominator",
+        "record, add_remove, one row", 10_000, "broken",
+    ),
+    "values not clipped": (
+        common.clip_rows, None,
+        "return value * _scale(jnp.sum(value * value, axis=-1, keepdims=True), bound)",
+        "return value",
+        "record, add_remove, one row", 4000, "broken",
+    ),
+    "logit bound ignored": (
+        common.bounded_weights, None,
+        "jnp.minimum(jnp.exp(jnp.where(free, logits, bound) - bound), 1.0)",
+        "jnp.exp(jnp.where(seen, logits, bound) - bound)",
+        "record, add_remove, one row", 4000, "broken",
+    ),
+    "largest logit of the data instead of the public bound": (
+        common.bounded_weights, None,
+        "jnp.minimum(jnp.exp(jnp.where(free, logits, bound) - bound), 1.0)",
+        "jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))",
+        "record, add_remove, one row", 4000, "broken",
+    ),
+    "replace_one with the sensitivity of one value": (
+        sensitivity.record_sensitivity, None,
+        "joint = max(math.hypot(2 * c, c_l * 2 * error), math.hypot(c, c_l * weight))",
+        "joint = c",
+        "record, replace_one, one row", 4000, "broken",
+    ),
+    "a sequence with half its sensitivity": (
+        sensitivity.sequence_sensitivity, None,
+        "return 2 * value_clip * held", "return value_clip * held",
+        "sequence, replace_one, one row", 4000, "broken",
+    ),
+    "rows of a record not in the sensitivity": (
+        sensitivity.record_sensitivity, None,
+        "RecordSensitivity(rows_per_record * joint, c_l)", "RecordSensitivity(joint, c_l)",
+        "record, add_remove, three rows a record", 4000, "broken",
+    ),
+    "rows of a record beyond the limit kept": (
+        attention._keep_first_rows, None,
+        ".set(rank < most)", ".set(rank >= 0)",
+        "record, add_remove, three rows a record", 4000, "broken",
+    ),
+    "lengths ignored": (
+        common.allowed_columns, None,
+        "if lengths is not None:", "if False:",
+        "record, replace_one, lengths", 4000, "broken",
+    ),
+    "mask ignored": (
+        common.allowed_columns, None,
+        "if mask is not None:", "if False:",
+        "record, add_remove, mask", 4000, "broken",
+    ),
+    "NaN rows kept": (
+        common.clip_rows, None,
+        "value = jnp.where(jnp.isfinite(square), value, 0.0)", "value = value + 0.0 * square",
+        "sequence, replace_one, not a number", 4000, "broken",
+    ),
+    "query heads counted as key/value heads": (
+        attention.attention_event, None,
+        "int(query_shape[1]) * int(query_shape[2]) * calls",
+        "int(query_shape[1]) * int(query_shape[2]) // 2 * calls",
+        "record, replace_one, grouped queries", 4000, "broken",
+    ),
+    "query rows not counted": (
+        attention.attention_event, None,
+        "int(query_shape[1]) * int(query_shape[2]) * calls", "int(query_shape[2]) * calls",
+        "sequence, replace_one, grouped queries", 4000, "broken",
+    ),
+    "layers not counted": (
+        attention.attention_event, None,
+        "int(query_shape[1]) * int(query_shape[2]) * calls",
+        "int(query_shape[1]) * int(query_shape[2])",
+        "sequence, replace_one, two layers", 4000, "broken",
+    ),
+    "composition not counted under replace_one": (
+        events.leaves, None,
+        'leaves(event.event, count * _value_to_json("count", event.count))',
+        "leaves(event.event, count)",
+        "sequence, replace_one, grouped queries", 4000, "broken",
+    ),
+    "replace_one translated twice": (
+        convention.to_replace_one, None,
+        "return dp_accounting.GaussianDpEvent(2 * z)",
+        "return dp_accounting.GaussianDpEvent(4 * z)",
+        "record, replace_one, one row", 4000, "broken",
+    ),
+    "one noise for all heads": (
+        common.numerator_noise, None,
+        "return prng.normal_tile(child, batch, rows, heads, depth, rounds=rounds)",
+        "x = prng.normal_tile(child, batch, rows, 1, depth, rounds=rounds)\n"
+        "    return jnp.repeat(x, heads, 2)",
+        "sequence, replace_one, grouped queries", 4000, "broken",
+    ),
+    "one noise for all rows": (
+        common.numerator_noise, None,
+        "prng.normal_tile(child, batch, rows, heads,",
+        "prng.normal_tile(child, batch, jnp.zeros_like(rows), heads,",
+        "sequence, replace_one, grouped queries", 10_000, "any",
+    ),
+    "one noise for all elements of a batch": (
+        common.numerator_noise, None,
+        "prng.normal_tile(child, batch, rows, heads,",
+        "prng.normal_tile(child, jnp.zeros_like(batch), rows, heads,",
+        "record, replace_one, a known twin in the batch", 4000, "broken",
+    ),
+    "one key for all layers": (
+        attention_fn._next_key, None,
+        "return jax.random.fold_in(source.key, source.calls - 1)", "return source.key",
+        "record, replace_one, two layers", 4000, "broken",
+    ),
+}  # fmt: skip
+
+
+def _failed(result, verdict):
+    if verdict == "any":
+        return not result.passed
+    return result.verdict == verdict
+
+
+@pytest.mark.parametrize("bug", _ATTENTION_BUGS)
+def test_attention(bug, monkeypatch):
+    function, owner, old, new, case, samples, verdict = _ATTENTION_BUGS[bug]
+    mutants.patch_line(monkeypatch, function, old, new, owner)
+    key = keys.reproducible_key(900 + list(_ATTENTION_BUGS).index(bug))
+    case = ATTENTION[case]
+    if bug == "one key for all layers":
+        # The first line of defence: a key that makes noise twice raises.
+        with pytest.raises(ValueError, match="made noise before"):
+            audit_attention(case, rng=keys.reproducible_key(930), samples=100)
+        with keys.allow_reuse_for_tests():
+            result = audit_attention(case, rng=key, samples=samples, implementation="xla")
+    else:
+        result = audit_attention(case, rng=key, samples=samples, implementation="xla")
+    assert _failed(result, verdict), result.to_json()
+
+
+_NOISE_BUGS = {
+    "noise halved": (
+        noise.add_noise,
+        "sum_std = std * expected_batch_size * _ROUNDING",
+        "sum_std = std * expected_batch_size * _ROUNDING / 2",
+        "training, add_remove, one step", 4000, "broken",
+    ),
+    "noise of the mean added to the sum": (
+        noise.add_noise,
+        "sum_std = std * expected_batch_size * _ROUNDING", "sum_std = std * _ROUNDING",
+        "training, add_remove, one step", 4000, "broken",
+    ),
+    "noise on each of two devices": (
+        noise.add_noise,
+        "sum_std = std * expected_batch_size * _ROUNDING",
+        "sum_std = std * expected_batch_size * _ROUNDING * 2**0.5",
+        "training, add_remove, one step", 10_000, "wasteful",
+    ),
+    "one key for all steps": (
+        noise.add_noise,
+        "step_key = jax.random.fold_in(state.key, state.step)", "step_key = state.key",
+        "training, add_remove, two steps", 4000, "broken",
+    ),
+    "the step is not counted": (
+        noise.add_noise,
+        "DPNoiseState(state.step + jnp.uint32(1), state.key)",
+        "DPNoiseState(state.step, state.key)",
+        "training, replace_one, four steps of DP AdamW", 4000, "broken",
+    ),
+    "one leaf goes around the noise": (
+        noise._add,
+        "if std:", "if std and noisy:",
+        "training, add_remove, one step", 4000, "broken",
+    ),
+    "one noise for all leaves": (
+        noise._add,
+        "_leaf_nonce(path)", "(0, 0, 0)",
+        "training, add_remove, one step", 10_000, "broken",
+    ),
+    "replace_one with the noise of add_remove": (
+        gradient.gradient_sensitivity,
+        "return adjacency_factor(adjacency) * l2_clip_norm", "return l2_clip_norm",
+        "training, replace_one, one step", 4000, "broken",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", _NOISE_BUGS)
+def test_noise(bug, monkeypatch):
+    function, old, new, case, samples, verdict = _NOISE_BUGS[bug]
+    mutants.patch_line(monkeypatch, function, old, new)
+    key = keys.reproducible_key(940 + list(_NOISE_BUGS).index(bug))
+    result = audit_training(TRAINING[case], rng=key, samples=samples)
+    assert _failed(result, verdict), result.to_json()
+
+
+# --- clipping: an engine with a bug in place of the library's ---------------------------
+
+
+def _engine(norms, weights):
+    """A ``clipped_grad`` from two lines: each example's norm, each example's weight."""
+
+    def clipped_grad(loss_fn, *, l2_clip_norm, engine, batch_argnums):
+        def call(params, x, t, *, is_padding_example):
+            grads = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0, 0))(params, x, t)
+            factor = weights(norms(grads), l2_clip_norm, is_padding_example)
+            return jax.tree.map(
+                lambda g: jnp.einsum("b,b...->...", factor, jnp.where(g == g, g, 0.0)), grads
+            )
+
+        return call
+
+    return clipped_grad
+
+
+def _norms(grads):
+    squares = [jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)]
+    return jnp.sqrt(sum(squares[1:], squares[0]))
+
+
+def _norms_of_one_leaf(grads):
+    return _norms({"kernel": grads["kernel"]})
+
+
+def _norms_of_uses(grads):
+    """Two uses of the kernel as if they were two kernels: √Σ‖use‖² and not ‖Σ use‖."""
+    half = grads["kernel"] / 2
+    return _norms({"first": half, "second": half, "bias": grads["bias"]})
+
+
+def _clip(norms, c, padding):
+    factor = jnp.minimum(1.0, c / jnp.maximum(norms, 1e-12))
+    return jnp.where(padding | ~jnp.isfinite(norms), 0.0, factor)
+
+
+def _no_clip(norms, c, padding):
+    return jnp.where(padding, 0.0, 1.0)
+
+
+def _padding_counted(norms, c, padding):
+    return _clip(norms, c, jnp.zeros_like(padding))
+
+
+def _actual_batch_size(norms, c, padding):
+    size = jnp.sum(jnp.where(padding, 0.0, 1.0))
+    return _clip(norms, c, padding) * jnp.float32(training.EXPECTED) / size
+
+
+_CLIPPING_BUGS = {
+    "none": (_norms, _clip, "training, add_remove, one step", 10_000, "holds"),
+    "clip skipped": (_norms, _no_clip, "training, add_remove, one step", 4000, "broken"),
+    "padding counted": (
+        _norms, _padding_counted, "training, add_remove, one step", 4000, "broken",
+    ),
+    "mean over the actual batch size": (
+        _norms, _actual_batch_size, "training, add_remove, one step", 4000, "broken",
+    ),
+    "a leaf left out of the norm": (
+        _norms_of_one_leaf, _clip, "training, add_remove, one step", 4000, "broken",
+    ),
+    "a tied weight's uses counted apart": (
+        _norms_of_uses, _clip, "training, add_remove, a kernel used twice", 10_000, "broken",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", _CLIPPING_BUGS)
+def test_clipping(bug, monkeypatch):
+    norms, weights, case, samples, verdict = _CLIPPING_BUGS[bug]
+    monkeypatch.setattr(clipping, "clipped_grad", _engine(norms, weights))
+    key = keys.reproducible_key(960 + list(_CLIPPING_BUGS).index(bug))
+    result = audit_training(TRAINING[case], rng=key, samples=samples)
+    assert _failed(result, verdict), result.to_json()
+
+
+def test_clip_of_the_batch_not_the_example(monkeypatch):
+    def clipped_grad(loss_fn, *, l2_clip_norm, engine, batch_argnums):
+        def call(params, x, t, *, is_padding_example):
+            grads = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0, 0))(params, x, t)
+            keep = jnp.where(is_padding_example, 0.0, 1.0)
+            total = jax.tree.map(lambda g: jnp.einsum("b,b...->...", keep, g), grads)
+            norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(total)))
+            factor = jnp.minimum(1.0, l2_clip_norm / jnp.maximum(norm, 1e-12))
+            return jax.tree.map(lambda g: factor * g, total)
+
+        return call
+
+    monkeypatch.setattr(clipping, "clipped_grad", clipped_grad)
+    case = TRAINING["training, add_remove, one step"]
+    result = audit_training(case, rng=keys.reproducible_key(980), samples=4000)
+    assert result.verdict == "broken", result.to_json()
+
+
+# --- bugs that no attack on a Gaussian release sees, and the test that does --------------
+
+
+def test_truncated_batches_accounted_as_plain(monkeypatch):
+    tests = _load(Path(__file__).parents[1] / "sampling" / "test_poisson_sampler.py")
+    with keys.allow_reuse_for_tests():
+        tests.test_the_event_says_what_the_sampler_does()
+        mutants.patch_line(
+            monkeypatch,
+            PoissonSampler.event,
+            "if self.batch_size >= self.population:",
+            "if True:",
+            PoissonSampler,
+        )
+        with pytest.raises(AssertionError):
+            tests.test_the_event_says_what_the_sampler_does()
+
+
+def test_batches_of_a_fixed_size_accounted_as_poisson(monkeypatch):
+    tests = _load(Path(__file__).parents[1] / "sampling" / "test_poisson_sampler.py")
+    mutants.patch_line(
+        monkeypatch,
+        PoissonSampler.sample,
+        "chosen = np.flatnonzero(join.astype(np.uint64) < self._threshold)",
+        "chosen = np.sort(np.argsort(join)[: int(self.population * self.sampling_probability)])",
+        PoissonSampler,
+    )
+    with keys.allow_reuse_for_tests():
+        members = tests.membership(tests.sampler(60, 0.3), 500)
+    tests.test_each_record_joins_with_probability_q(members)  # each record by itself is right
+    with pytest.raises(AssertionError):
+        tests.test_batch_sizes_are_binomial(members)
+
+
+def test_norms_summed_in_bfloat16(monkeypatch):
+    tests = _load(Path(__file__).parents[1] / "clipping" / "test_clipped_grad.py")
+
+    def clipped_grad(loss_fn, *, l2_clip_norm):
+        def call(params, x):
+            grads = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(params, x)
+            add = lambda total, column: (total + column * column, None)  # noqa: E731
+            squares, _ = jax.lax.scan(add, jnp.zeros(len(x), jnp.bfloat16), grads.T)
+            norms = jnp.sqrt(squares).astype(jnp.float32)
+            factor = _clip(norms, l2_clip_norm, jnp.zeros(len(x), jnp.bool_))
+            return jnp.einsum("b,b...->...", factor, grads.astype(jnp.float32))
+
+        return call
+
+    tests.test_bfloat16_norms_are_taken_in_float32()
+    monkeypatch.setattr(tests, "clipped_grad", clipped_grad)
+    with pytest.raises(AssertionError):
+        tests.test_bfloat16_norms_are_taken_in_float32()
+
+
+def test_the_table_names_every_bug():
+    page = (Path(__file__).parents[3] / "docs" / "auditing.md").read_text(encoding="utf-8")
+    table = page[page.index("## Planted bugs") : page.index("## What is not audited")]
+    bugs = [*_ATTENTION_BUGS, *_NOISE_BUGS, *(b for b in _CLIPPING_BUGS if b != "none")]
+    assert len(bugs) >= 35
+    for bug in bugs:
+        assert bug in table, bug

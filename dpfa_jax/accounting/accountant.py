@@ -54,7 +54,7 @@ class Accountant:
             lacks and Rényi has; then all events by Rényi.
         interval: width of the bins of the privacy loss (PLD). Wider is faster and answers
             a larger ε, never a smaller one.
-        most_kinds: more kinds of sampled events than this are merged (PLD).
+        most_kinds: more kinds of sampled events than this are merged, to at most as many (PLD).
 
     Raises:
         ValueError: for another word.
@@ -80,6 +80,8 @@ class Accountant:
             raise ValueError(f"method={method!r}: allowed are {_METHODS}.")
         if method == "rdp" and self._is_replace:
             raise ValueError("method='rdp': allowed with adjacency='add_remove' only.")
+        if not isinstance(most_kinds, int) or isinstance(most_kinds, bool) or most_kinds < 1:
+            raise ValueError(f"most_kinds={most_kinds!r}: allowed is a whole number >= 1.")
         self.adjacency = adjacency
         self.method = "pld" if method == "auto" else method
         self._may_change = method == "auto" and not self._is_replace
@@ -139,7 +141,7 @@ class Accountant:
             else:
                 counts, interval = merge_gaussians(self._counts), self._interval
                 if sampled_kinds(counts) > self._most_kinds:
-                    counts = merge_sampled(counts)
+                    counts = merge_sampled(counts, self._most_kinds)
                     interval = wide_interval(counts, interval)
                 self._composed = _Distribution(counts, self._is_replace, interval)
         return self._composed

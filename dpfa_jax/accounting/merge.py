@@ -21,7 +21,7 @@ import numpy as np
 
 Counts = dict[dp_accounting.DpEvent, int]
 
-# More kinds of sampled events than MOST_KINDS are merged, to at most as many.
+# More kinds of sampled events than this are merged, to at most as many.
 MOST_KINDS = 16
 # Merging stops to refine when it costs less than this, relative.
 _ENOUGH = 2e-3
@@ -103,8 +103,11 @@ def _running_cost(kinds: np.ndarray) -> np.ndarray:
     return _cost(probability, np.minimum.accumulate(kinds[:, 1])) * np.cumsum(kinds[:, 2])
 
 
-def merge_sampled(counts: Counts) -> Counts:
-    """``counts`` with few kinds of sampled Gaussians, which cost at least as much.
+def merge_sampled(counts: Counts, most: int = MOST_KINDS) -> Counts:
+    """``counts`` with at most ``most`` kinds of sampled Gaussians, which cost at least as much.
+
+    Truncated ones are merged with those of equal sizes and sampling probability only: there may be
+    more kinds left, one for each of these.
 
     Example:
         >>> def step(z):
@@ -126,7 +129,7 @@ def merge_sampled(counts: Counts) -> Counts:
     enough = _ENOUGH * sum(
         float(np.sum(_cost(b.kinds[:, 0], b.kinds[:, 1]) * b.kinds[:, 2])) for b in boxes
     )
-    while len(boxes) < MOST_KINDS and sum(b.excess for b in boxes) > enough:
+    while len(boxes) < most and sum(b.excess for b in boxes) > enough:
         worst = max(range(len(boxes)), key=lambda i: boxes[i].gain)
         if not boxes[worst].gain > 0:
             break

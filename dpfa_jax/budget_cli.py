@@ -146,9 +146,7 @@ def _show(args: argparse.Namespace) -> int:
         found.append({"scope": name, **budget.to_json(), "spent": spent, "left": left,
                       "odometer": ledger.odometer(name)})  # fmt: skip
     if args.json:
-        # JSON has no infinity.
-        plain = [{k: _finite(v) for k, v in row.items()} for row in found]
-        print(json.dumps({"ledger": ledger.name, "scopes": plain}, indent=1))
+        print(json.dumps(_finite({"ledger": ledger.name, "scopes": found}), indent=1))
         return 0
     if not found:
         _say(args, texts.EMPTY)
@@ -171,6 +169,11 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _finite(value: Any) -> Any:
+    """``value`` with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -299,7 +302,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.plot is not None:
         _plot(args, curves)
     if args.json:
-        print(json.dumps(answer, indent=1))
+        print(json.dumps(_finite(answer), indent=1))
         return 0
     _say(args, texts.LEAST, noise=noise, epsilon=answer["epsilon"], delta=args.delta,
          steps=args.steps)  # fmt: skip

@@ -11,14 +11,20 @@ import dp_accounting
 
 from dpfa_jax import budget_texts as texts
 from dpfa_jax.accounting import Accountant, calibrate_noise_multiplier
-from dpfa_jax.ledger import Head, Ledger, LedgerDamagedError, to_csv, to_json
+from dpfa_jax.ledger import Head, Ledger, LedgerDamagedError, LedgerError, errors, to_csv, to_json
 from dpfa_jax.ledger.budget import COMPOSITIONS, LEVELS
 from dpfa_jax.mechanisms.gradient import ADJACENCIES
 from dpfa_jax.messages import LANGUAGES, Message, language, number
 
 
-class BudgetArgumentError(ValueError):
+class BudgetArgumentError(LedgerError):
     """A command line that cannot be carried out."""
+
+
+def _argument(name: str, value: Any, allowed: str, **values: Any) -> BudgetArgumentError:
+    flag = "--" + name.replace("_", "-")
+    shown = Message(allowed, values)
+    return BudgetArgumentError(texts.ARGUMENT, flag=flag, value=str(value), allowed=shown)
 
 
 def add_parser(commands: Any) -> None:
@@ -95,10 +101,8 @@ def _new(args: argparse.Namespace) -> int:
     }
     if args.scope in ledger.scopes():
         if given:
-            raise BudgetArgumentError(
-                f"--{', --'.join(given)}: allowed for a new scope only; {args.scope!r} has them "
-                "already, and they do not change."
-            )
+            flags = ", ".join(f"--{name}" for name in given)
+            raise BudgetArgumentError(texts.ONLY_NEW, flags=flags, scope=args.scope)
         ledger.new_budget(
             args.scope,
             epsilon=args.epsilon,
@@ -110,7 +114,7 @@ def _new(args: argparse.Namespace) -> int:
         needed = ("epsilon", "delta", "adjacency", "unit")
         missing = [f"--{name}" for name in needed if getattr(args, name) is None]
         if missing:
-            raise BudgetArgumentError(f"{', '.join(missing)}: needed for a new scope.")
+            raise BudgetArgumentError(texts.NEEDED, flags=", ".join(missing))
         ledger.open_budget(
             args.scope,
             epsilon=args.epsilon,
@@ -142,9 +146,7 @@ def _show(args: argparse.Namespace) -> int:
         found.append({"scope": name, **budget.to_json(), "spent": spent, "left": left,
                       "odometer": ledger.odometer(name)})  # fmt: skip
     if args.json:
-        # JSON has no infinity.
-        plain = [{k: _finite(v) for k, v in row.items()} for row in found]
-        print(json.dumps({"ledger": ledger.name, "scopes": plain}, indent=1))
+        print(json.dumps(_finite({"ledger": ledger.name, "scopes": found}), indent=1))
         return 0
     if not found:
         _say(args, texts.EMPTY)
@@ -167,6 +169,11 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _finite(value: Any) -> Any:
+    """``value`` with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -196,9 +203,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.receipt is not None:
         count, _, digest = args.receipt.partition(":")
         if not count.isdigit() or len(digest) != 64:
-            raise BudgetArgumentError(
-                f"--receipt {args.receipt}: allowed is NUMBER:HASH, as this command prints it."
-            )
+            raise _argument("receipt", args.receipt, texts.RECEIPT)
         receipt = Head(int(count), digest)
     try:
         head = ledger.verify(receipt)
@@ -242,22 +247,19 @@ def _event(args: argparse.Namespace, noise: float, batch: int) -> dp_accounting.
 def _check_plan(args: argparse.Namespace) -> None:
     for name in ("population", "batch_size", "steps", "padded_batch_size"):
         value = getattr(args, name)
-        flag = "--" + name.replace("_", "-")
         if value is not None and value < 1:
-            raise BudgetArgumentError(f"{flag} {value}: allowed is a whole number >= 1.")
+            raise _argument(name, value, texts.WHOLE)
     if args.batch_size > args.population:
-        raise BudgetArgumentError(
-            f"--batch-size {args.batch_size}: allowed is at most --population {args.population}."
-        )
+        limit = f"--population {args.population}"
+        raise _argument("batch_size", args.batch_size, texts.AT_MOST, limit=limit)
     for name in ("noise_multiplier", "epsilon"):
         value = getattr(args, name)
         if value is not None and not 0 < value < 1e6:
-            flag = "--" + name.replace("_", "-")
-            raise BudgetArgumentError(f"{flag} {value}: allowed is a number between 0 and 1e6.")
+            raise _argument(name, value, texts.UP_TO_A_MILLION)
     if not 0 < args.delta < 1:
-        raise BudgetArgumentError(f"--delta {args.delta}: allowed is a number between 0 and 1.")
+        raise _argument("delta", args.delta, errors.BETWEEN)
     if (args.ledger is None) != (args.scope is None):
-        raise BudgetArgumentError("--ledger, --scope: allowed are both or none.")
+        raise BudgetArgumentError(texts.TOGETHER, flags="--ledger, --scope")
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -300,7 +302,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.plot is not None:
         _plot(args, curves)
     if args.json:
-        print(json.dumps(answer, indent=1))
+        print(json.dumps(_finite(answer), indent=1))
         return 0
     _say(args, texts.LEAST, noise=noise, epsilon=answer["epsilon"], delta=args.delta,
          steps=args.steps)  # fmt: skip

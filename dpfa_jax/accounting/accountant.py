@@ -14,9 +14,18 @@ from dp_accounting import pld, rdp
 
 from dpfa_jax.accounting.convention import to_replace_one
 from dpfa_jax.accounting.events import leaves
+from dpfa_jax.accounting.merge import (
+    MOST_KINDS,
+    merge_gaussians,
+    merge_sampled,
+    sampled_kinds,
+    wide_interval,
+)
 from dpfa_jax.accounting.renyi import INTERVAL, nothing, renyi_cost
 from dpfa_jax.mechanisms import adjacency_factor
 
+# Of an event repeated this often the distribution is dense.
+_MANY = 10_000
 _METHODS = ("auto", "pld", "rdp")
 
 
@@ -33,7 +42,9 @@ class Accountant:
 
     The list of events must not depend on what they release; stopping early may (docs/budget.md,
     "Adaptive choices"). Equal events are counted and Gaussians merged before anything is
-    composed: 10⁶ equal events cost what one costs.
+    composed: 10⁶ equal events cost what one costs. More than 16 kinds of sampled events are
+    counted as a few kinds that cost at least as much (``accounting/merge.py``), with bins that suit
+    them; :attr:`name` says so. That is an upper bound, and takes a second.
 
     Args:
         adjacency: ``'add_remove'`` or ``'replace_one'``.
@@ -43,6 +54,7 @@ class Accountant:
             lacks and Rényi has; then all events by Rényi.
         interval: width of the bins of the privacy loss (PLD). Wider is faster and answers
             a larger ε, never a smaller one.
+        most_kinds: more kinds of sampled events than this are merged, to at most as many (PLD).
 
     Raises:
         ValueError: for another word.
@@ -55,26 +67,37 @@ class Accountant:
         4.38
     """
 
-    def __init__(self, adjacency: str, method: str = "auto", *, interval: float = INTERVAL):
+    def __init__(
+        self,
+        adjacency: str,
+        method: str = "auto",
+        *,
+        interval: float = INTERVAL,
+        most_kinds: int = MOST_KINDS,
+    ):
         self._is_replace = adjacency_factor(adjacency) == 2
         if method not in _METHODS:
             raise ValueError(f"method={method!r}: allowed are {_METHODS}.")
         if method == "rdp" and self._is_replace:
             raise ValueError("method='rdp': allowed with adjacency='add_remove' only.")
+        if not isinstance(most_kinds, int) or isinstance(most_kinds, bool) or most_kinds < 1:
+            raise ValueError(f"most_kinds={most_kinds!r}: allowed is a whole number >= 1.")
         self.adjacency = adjacency
         self.method = "pld" if method == "auto" else method
         self._may_change = method == "auto" and not self._is_replace
         self._interval = interval
+        self._most_kinds = most_kinds
         self._counts: dict[dp_accounting.DpEvent, int] = {}
         self._composed: _Composed | None = None
 
     @property
     def name(self) -> str:
         """For reports: method and the package that does the work."""
-        return {
-            "pld": "privacy loss distributions (dp_accounting)",
-            "rdp": "Rényi differential privacy (dp_accounting)",
-        }[self.method]
+        if self.method == "rdp":
+            return "Rényi differential privacy (dp_accounting)"
+        kinds = sampled_kinds(self._counts)
+        merged = "" if kinds <= self._most_kinds else f"; {kinds} kinds of events, bounded by fewer"
+        return f"privacy loss distributions (dp_accounting{merged})"
 
     def compose(self, event: dp_accounting.DpEvent, count: int = 1) -> "Accountant":
         """Adds ``count`` releases of ``event``; returns the accountant itself."""
@@ -116,7 +139,11 @@ class Accountant:
             if self.method == "rdp":
                 self._composed = _Renyi(self._counts, self.adjacency)
             else:
-                self._composed = _Distribution(self._counts, self._is_replace, self._interval)
+                counts, interval = merge_gaussians(self._counts), self._interval
+                if sampled_kinds(counts) > self._most_kinds:
+                    counts = merge_sampled(counts, self._most_kinds)
+                    interval = wide_interval(counts, interval)
+                self._composed = _Distribution(counts, self._is_replace, interval)
         return self._composed
 
 
@@ -128,8 +155,27 @@ class _Distribution:
         self._inner = pld.PLDAccountant(
             relation.REPLACE_ONE if is_replace else relation.ADD_OR_REMOVE_ONE, interval
         )
-        for leaf, count in merge_gaussians(counts):
-            self._inner.compose(to_replace_one(leaf) if is_replace else leaf, count)
+        for leaf, count in counts.items():
+            self._compose(to_replace_one(leaf) if is_replace else leaf, count, interval)
+
+    def _compose(self, leaf: dp_accounting.DpEvent, count: int, interval: float) -> None:
+        match leaf:
+            case dp_accounting.PoissonSampledDpEvent(
+                sampling_probability=q, event=dp_accounting.GaussianDpEvent(noise_multiplier=z)
+            ) if count >= _MANY and q > 0 and z > 0:
+                # The package would first compute size^count, a number of millions of digits, to
+                # choose between two forms of a distribution. It would choose the dense one.
+                one = pld.privacy_loss_distribution.from_gaussian_mechanism(
+                    standard_deviation=z,
+                    value_discretization_interval=interval,
+                    sampling_prob=q,
+                    neighboring_relation=self._inner.neighboring_relation,
+                )
+                add = None if one._symmetric else one._pmf_add.to_dense_pmf()
+                dense = type(one)(one._pmf_remove.to_dense_pmf(), add)
+                self._inner._pld = self._inner._pld.compose(dense.self_compose(count))
+            case _:
+                self._inner.compose(leaf, count)
 
     def epsilon(self, delta: float) -> float:
         return float(self._inner.get_epsilon(delta))
@@ -163,23 +209,6 @@ class _Renyi:
 
 
 _Composed = _Distribution | _Renyi
-
-
-def merge_gaussians(
-    counts: dict[dp_accounting.DpEvent, int],
-) -> list[tuple[dp_accounting.DpEvent, int]]:
-    """``counts`` with all Gaussian events made one: 1/z² adds up (docs/privacy.md, section 0).
-
-    A single kind is left as it is.
-    """
-    gaussians = {
-        e: n for e, n in counts.items() if isinstance(e, dp_accounting.GaussianDpEvent) and n
-    }
-    if len(gaussians) < 2 or any(not e.noise_multiplier > 0 for e in gaussians):
-        return [(e, n) for e, n in counts.items() if n]
-    precision = math.fsum(n / e.noise_multiplier**2 for e, n in gaussians.items())
-    merged = dp_accounting.GaussianDpEvent(1 / math.sqrt(precision))
-    return [(merged, 1), *((e, n) for e, n in counts.items() if n and e not in gaussians)]
 
 
 def _has(method: str, leaf: dp_accounting.DpEvent, is_replace: bool) -> bool:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import dp_accounting
 import numpy as np
 from dp_accounting import pld, rdp
-from scipy.special import logsumexp
+from scipy.special import gammaln, logsumexp
 
 from dpfa_jax.accounting.convention import to_replace_one
 from dpfa_jax.mechanisms import adjacency_factor
@@ -90,6 +90,8 @@ def renyi_cost(leaf: dp_accounting.DpEvent, adjacency: str, orders: tuple[float,
     is_replace = adjacency_factor(adjacency) == 2
     relation = dp_accounting.NeighboringRelation
     # A Gaussian's multiplier is σ/Δ in this accountant, whatever the relation.
+    if not is_replace and (quick := _sampled_gaussian(leaf, orders)) is not None:
+        return RenyiCost(quick * _CUSHION, 0.0)
     if not is_replace or isinstance(leaf, dp_accounting.GaussianDpEvent):
         renyi = rdp.RdpAccountant(list(orders), relation.ADD_OR_REMOVE_ONE)
         if renyi.supports(leaf):
@@ -107,6 +109,46 @@ def renyi_cost(leaf: dp_accounting.DpEvent, adjacency: str, orders: tuple[float,
     both = (accountant._pld._pmf_remove, accountant._pld._pmf_add)
     costs = [_from_pmf(pmf.to_dense_pmf(), orders) for pmf in both]
     return costs[0].largest(costs[1])
+
+
+@functools.lru_cache(maxsize=64)
+def _binomials(orders: tuple[float, ...]) -> tuple[np.ndarray, ...] | None:
+    """i, α, log C(α, i) for all i from 2 to each α, one α after the other, and where each starts.
+
+    None unless every order is a whole number above 1.
+    """
+    if any(a != int(a) or a < 2 for a in orders):
+        return None
+    sizes = [int(a) - 1 for a in orders]
+    i = np.concatenate([np.arange(2.0, a + 1) for a in orders])
+    alpha = np.repeat(np.array(orders, float), sizes)
+    log_choose = gammaln(alpha + 1) - gammaln(i + 1) - gammaln(alpha - i + 1)
+    return i, alpha, log_choose, np.concatenate([[0], np.cumsum(sizes)[:-1]]), np.array(sizes)
+
+
+def _sampled_gaussian(leaf: dp_accounting.DpEvent, orders: tuple[float, ...]) -> np.ndarray | None:
+    """ρ of a Poisson-sampled Gaussian under ``add_remove``; None for others, and other orders.
+
+    ρ = log(A)/(α−1), A = Σ_i C(α, i) (1−q)^(α−i) q^i e^(x_i), x_i = (i²−i)/2z². The probabilities
+    sum to 1 and x_0 = x_1 = 0, so A − 1 = Σ_{i≥2} … (e^(x_i) − 1), all terms positive. The package
+    has the same sum as a loop, which takes half a millisecond.
+
+    Source: I. Mironov, K. Talwar, L. Zhang, Rényi differential privacy of the sampled Gaussian
+    mechanism (2019), section 3.3.
+    """
+    if not isinstance(leaf, dp_accounting.PoissonSampledDpEvent):
+        return None
+    q, inner, layout = leaf.sampling_probability, leaf.event, _binomials(orders)
+    if layout is None or not isinstance(inner, dp_accounting.GaussianDpEvent):
+        return None
+    if not (0 < q < 1 and 1e-3 < inner.noise_multiplier < math.inf):
+        return None
+    i, alpha, log_choose, starts, sizes = layout
+    x = i * (i - 1) / (2 * inner.noise_multiplier**2)
+    terms = log_choose + i * math.log(q) + (alpha - i) * math.log1p(-q) + x + np.log(-np.expm1(-x))
+    top = np.maximum.reduceat(terms, starts)
+    rest = np.log(np.add.reduceat(np.exp(terms - np.repeat(top, sizes)), starts))
+    return np.logaddexp(0.0, top + rest) / (np.array(orders) - 1)
 
 
 def _has_distribution(leaf: dp_accounting.DpEvent, is_replace: bool) -> bool:
@@ -186,8 +228,9 @@ def _conversion(alpha: Any, delta: float) -> Any:
 
 
 # For events fixed beforehand: no union bound is needed, the least ε over the orders holds.
-FIXED_ORDERS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 20.0, 24.0, 32.0,
-                48.0, 64.0, 128.0, 512.0, 4096.0)  # fmt: skip
+# Whole numbers: their formulas are exact and fast.
+FIXED_ORDERS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 20.0, 24.0, 32.0,
+                48.0, 64.0, 128.0, 512.0)  # fmt: skip
 
 
 def fixed_epsilon(cost: RenyiCost, delta: float) -> float:

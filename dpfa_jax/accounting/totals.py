@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import dp_accounting
 
 from dpfa_jax.accounting.accountant import Accountant
+from dpfa_jax.accounting.merge import MOST_KINDS, sampled_kinds
 from dpfa_jax.accounting.renyi import (
     FIXED_ORDERS,
     RenyiCost,
@@ -28,9 +29,6 @@ from dpfa_jax.accounting.renyi import (
 Added = Iterable[tuple[dp_accounting.DpEvent, int]]
 
 _COARSE, _FINE = 1e-3, 1e-4
-# Building a distribution takes up to a second: with more kinds of sampled events than this, the
-# Rényi bound alone decides.
-_MOST_KINDS = 64
 # A certificate says: these counts were composed, and fit.
 _CERTIFICATES = 8
 
@@ -71,8 +69,6 @@ class FixedTotal:
         added = list(added)
         counts = self._with(added)
         bound = fixed_epsilon(self._bound(added), self._delta)
-        if _kinds(counts) > _MOST_KINDS:
-            return bound
         interval = _FINE if fine else _COARSE
         return min(bound, _composed(frozenset(counts.items()), self._delta, self._adjacency,
                                     interval))  # fmt: skip
@@ -96,18 +92,23 @@ class FixedTotal:
         if not added:
             return True
         counts = self._with(added)
+        # Merged kinds answer a bound that need not grow with the counts: no certificates then.
+        merged = sampled_kinds(counts) > MOST_KINDS
         for certified, known in self._certificates:
             # Fewer releases are post-processing of more.
-            if certified <= limit and all(known.get(e, 0) >= n for e, n in counts.items()):
+            if (
+                not merged
+                and certified <= limit
+                and all(known.get(e, 0) >= n for e, n in counts.items())
+            ):
                 return True
         if fixed_epsilon(self._bound(added), self._delta) <= limit:
             return True
-        if _kinds(counts) > _MOST_KINDS:
-            return False
         found = self._exact(counts, limit)
         if found > limit:
             return False
-        self._certify(counts, added[-1][0], found, limit)
+        if not merged:
+            self._certify(counts, added[-1][0], found, limit)
         return True
 
     def _certify(
@@ -150,10 +151,6 @@ class FixedTotal:
         for leaf, n in added:
             cost = cost.plus(renyi_cost(leaf, self._adjacency, FIXED_ORDERS), n)
         return cost
-
-
-def _kinds(counts: dict[dp_accounting.DpEvent, int]) -> int:
-    return sum(not isinstance(e, dp_accounting.GaussianDpEvent) for e in counts)
 
 
 @functools.lru_cache(maxsize=4096)

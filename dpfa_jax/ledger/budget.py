@@ -6,7 +6,8 @@ from typing import Any
 from dpfa_jax.accounting.accountant import check_budget
 from dpfa_jax.ledger import errors
 from dpfa_jax.ledger.errors import LedgerError
-from dpfa_jax.mechanisms import adjacency_factor
+from dpfa_jax.mechanisms.gradient import ADJACENCIES
+from dpfa_jax.messages import Message
 from dpfa_jax.policy import Policy
 
 # From the outside to the inside.
@@ -66,17 +67,20 @@ class Budget:
         return budget
 
     def check(self) -> None:
-        """Raises ValueError unless every value is allowed by itself."""
-        check_budget(self.epsilon, self.delta)
-        adjacency_factor(self.adjacency)
+        """Raises LedgerError unless every value is allowed by itself."""
+        check_limits(self.epsilon, self.delta)
         check_name("unit", self.unit)
-        for name, allowed in (("level", LEVELS), ("composition", COMPOSITIONS)):
-            if getattr(self, name) not in allowed:
-                raise not_allowed(name, getattr(self, name), " or ".join(map(repr, allowed)))
-        if not isinstance(self.disjoint, bool):
-            raise not_allowed("disjoint", self.disjoint, "True or False")
+        for name, allowed in (
+            ("adjacency", ADJACENCIES),
+            ("level", LEVELS),
+            ("composition", COMPOSITIONS),
+            ("disjoint", (True, False)),
+        ):
+            value = getattr(self, name)
+            if value not in allowed or isinstance(value, bool) != (name == "disjoint"):
+                raise not_allowed(name, repr(value), ", ".join(map(repr, allowed)))
         if self.disjoint and self.parent is None:
-            raise not_allowed("disjoint", True, "False without a parent")
+            raise not_allowed("disjoint", True, Message(errors.NO_PARENT))
         if self.disjoint and self.adjacency != "add_remove":
             # Replacing one record by another may touch two partitions.
             raise not_allowed("disjoint", True, "adjacency='add_remove'")
@@ -91,12 +95,22 @@ def check_name(name: str, value: Any, *, empty: bool = False) -> str:
     """Raises LedgerError unless ``value`` is a text that any database keeps as it is."""
     fits = isinstance(value, str) and (bool(value) or empty) and len(value) <= _LONGEST_NAME
     if not fits or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in value):
-        raise not_allowed(
-            name, repr(value), f"a text of 1 to {_LONGEST_NAME} characters without control codes"
-        )
+        raise not_allowed(name, repr(value), Message(errors.TEXT, {"most": _LONGEST_NAME}))
     return value
 
 
-def not_allowed(name: str, value: Any, allowed: str) -> LedgerError:
-    """The error for a bad argument."""
+def check_limits(epsilon: Any, delta: Any) -> None:
+    """Raises LedgerError unless a budget may have this ε and δ."""
+    for name, value, pair, allowed in (
+        ("epsilon", epsilon, (epsilon, 0.5), errors.ABOVE_0),
+        ("delta", delta, (1.0, delta), errors.BETWEEN),
+    ):
+        try:
+            check_budget(*pair)
+        except ValueError:
+            raise not_allowed(name, repr(value), Message(allowed)) from None
+
+
+def not_allowed(name: str, value: Any, allowed: Any) -> LedgerError:
+    """The error for a bad argument; ``allowed`` is a Message, or what needs no translation."""
     return LedgerError(errors.NOT_ALLOWED, name=name, value=str(value), allowed=allowed)

@@ -11,6 +11,9 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from dpfa_jax.ledger import errors
+from dpfa_jax.messages import Message
+
 FORMAT = 2
 # What stands before the first entry.
 START = "0" * 64
@@ -50,8 +53,9 @@ class Head(NamedTuple):
 class ChainError(Exception):
     """Entry ``number`` is not what was written."""
 
-    def __init__(self, number: int, problem: str):
-        super().__init__(f"entry {number}: {problem}")
+    def __init__(self, number: int, text: str, values: dict[str, Any] | None = None):
+        problem = Message(text, values or {})
+        super().__init__(f"entry {number}: {problem.show()}")
         self.number = number
         self.problem = problem
 
@@ -93,10 +97,10 @@ def follow(rows: Iterable[Any], head: Head | None) -> Iterator[Entry]:
         entry = Entry(*row)
         number += 1
         if entry.number != number:
-            raise ChainError(number, f"it is missing; entry {entry.number} stands in its place")
+            raise ChainError(number, errors.MISSING, {"found": str(entry.number)})
         if entry.previous != previous:
-            raise ChainError(number, "it does not follow the entry before it")
+            raise ChainError(number, errors.UNLINKED)
         if entry.hash != _digest(*entry[:-1]):
-            raise ChainError(number, "its contents do not have its hash")
+            raise ChainError(number, errors.CHANGED)
         previous = entry.hash
         yield entry

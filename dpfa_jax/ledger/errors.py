@@ -50,6 +50,10 @@ OTHER_EVENT = N_(
     "{scope}: label='{label}': was charged with another event. Use another label for another "
     "release."
 )
+EVENT = N_(
+    "{scope}: this event cannot be accounted for ({problem}). Nothing was charged, so nothing may "
+    "be released."
+)
 UNCHARGED = N_("{scope}: '{label}' was released without a charge. Charge it before the release.")
 NO_BUDGET = N_("scope='{scope}': no budget was opened for it. Open one first (dpfa budget new).")
 OTHER_BUDGET = N_(
@@ -88,3 +92,33 @@ FORMAT = N_(
     "Nothing was changed. Finish its runs with the version that wrote it, and open a new ledger "
     "with what is left of the budget."
 )
+
+# Details that stand within the texts above.
+SECONDS = N_("a number of seconds >= 0")
+ABOVE_0 = N_("a finite number > 0")
+BETWEEN = N_("a number between 0 and 1, both excluded")
+WHY = N_("a text that says why")
+TEXT = N_("a text of 1 to {most} characters without control codes")
+NO_PARENT = N_("False without a parent")
+PARENTS = N_("that of {parent}, {value}")
+BELOW = N_("a level below {level} ({levels})")
+AROUND = N_("composition='adaptive' in all scopes around")
+KEPT = N_("{value} with composition='adaptive'")
+PRESET = N_("{names}, or a .toml file")
+READABLE = N_("a policy that can be read ({problem})")
+NONE = N_("none")
+NO_HEAD = N_("the note of the last entry is missing")
+OTHER_HEAD = N_("the note of the last entry names another one")
+UNREADABLE = N_("this version cannot read it ({problem})")
+MISSING = N_("it is missing; entry {found} stands in its place")
+UNLINKED = N_("it does not follow the entry before it")
+CHANGED = N_("its contents do not have its hash")
+OVERSPENT = N_("up to it, '{scope}' spends more than its budgets allowed")
+NO_DRIVER = N_("psycopg is not installed: pip install 'dpfa_jax[postgres]'")
+EXCHANGED = N_("the file was exchanged while it was opened")
+FULL = N_("the disk is full")
+READ_ONLY = N_("the file is read-only")
+NO_ACCESS = N_("the file cannot be opened: its path or its permissions")
+NOT_SQLITE = N_("the file is damaged, or no ledger")
+DISK = N_("the disk does not read or write")
+NO_SERVER = N_("the server cannot be reached, or refuses")

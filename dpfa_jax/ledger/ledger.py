@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import dp_accounting
 import sqlalchemy as sa
 
-from dpfa_jax.accounting.accountant import check_budget
 from dpfa_jax.accounting.events import event_from_json, leaves
 from dpfa_jax.ledger import errors
-from dpfa_jax.ledger.budget import Budget, check_name, not_allowed
+from dpfa_jax.ledger.budget import Budget, check_limits, check_name, not_allowed
 from dpfa_jax.ledger.chain import FORMAT, ChainError, Entry, Head, follow, seal
 from dpfa_jax.ledger.errors import (
     AlreadyReleasedError,
@@ -27,7 +26,8 @@ from dpfa_jax.ledger.errors import (
 )
 from dpfa_jax.ledger.state import State, event_text, parse_body
 from dpfa_jax.ledger.store import Store
-from dpfa_jax.policy import Policy, load_policy, regions
+from dpfa_jax.messages import Message
+from dpfa_jax.policy import Policy, load_policy, policies, regions
 
 # Clocks of several hosts differ a little; more than this is an error.
 _CLOCK_TOLERANCE = 5_000_000
@@ -94,7 +94,7 @@ class Ledger:
         clock: Callable[[], float] = time.time,
     ):
         if not (isinstance(timeout, int | float) and 0 <= timeout < 86_400):
-            raise not_allowed("timeout", repr(timeout), "a number of seconds >= 0")
+            raise not_allowed("timeout", repr(timeout), Message(errors.SECONDS))
         self._clock = clock
         self._lock = threading.RLock()
         self._state = State()
@@ -153,7 +153,7 @@ class Ledger:
         ):
             self._state.apply(entry)
         if self._state.head != head:
-            raise ChainError(head.number, "the note of the last entry names another one")
+            raise ChainError(head.number, errors.OTHER_HEAD)
 
     def _now(self, last: int) -> int:
         now = int(self._clock() * 1e6)
@@ -207,7 +207,7 @@ class Ledger:
             LedgerError: if ``scope`` has another budget, or for an argument that does not fit.
             ValueError: for an impossible ε, δ or adjacency.
         """
-        check_budget(epsilon, delta)
+        check_limits(epsilon, delta)
         check_name("scope", scope)
         check_name("reason", reason)
         with self._writing() as write:
@@ -226,7 +226,7 @@ class Ledger:
                 parent=parent,
                 composition=composition or ("fixed" if level == "run" else "adaptive"),
                 disjoint=disjoint,
-                policy=load_policy(policy) if isinstance(policy, str) else policy,
+                policy=_policy(policy),
                 region=region,
                 reason=reason,
                 orders_epsilon=float(epsilon),
@@ -276,22 +276,22 @@ class Ledger:
             LedgerError: for an argument that is not allowed.
         """
         if not isinstance(reason, str) or not reason.strip():
-            raise not_allowed("reason", repr(reason), "a text that says why")
+            raise not_allowed("reason", repr(reason), Message(errors.WHY))
         check_name("reason", reason)
         with self._writing() as write:
             old = self._state.need(scope).budget
-            if isinstance(policy, str):
-                policy = load_policy(policy)
             new = dataclasses.replace(
                 old,
                 epsilon=old.epsilon if epsilon is None else epsilon,
                 delta=old.delta if delta is None else delta,
-                policy=policy or old.policy,
+                policy=_policy(policy) or old.policy,
                 reason=reason,
             )
             new.check()
             if old.composition == "adaptive" and new.delta != old.delta:
-                raise not_allowed("delta", new.delta, f"{old.delta} with composition='adaptive'")
+                raise not_allowed(
+                    "delta", new.delta, Message(errors.KEPT, {"value": str(old.delta)})
+                )
             self._state.check_policies(scope, new, self._state.path(scope)[1:])
             write.add("budget", scope, None, new.to_json())
 
@@ -340,8 +340,7 @@ class Ledger:
         check_name("label", label)
         if key_fingerprint is not None:
             check_name("key_fingerprint", key_fingerprint)
-        text = event_text(event)
-        added = list(leaves(event))
+        text, added = _parts(scope, event)
         with self._writing() as write:
             self._state.need(scope)
             old = self._store.labelled(write.connection, "charge", scope, label)
@@ -354,7 +353,7 @@ class Ledger:
             try:
                 self._state.check_charge(scope, label, added)
             except dp_accounting.UnsupportedEventError as error:
-                raise ValueError(f"event {event}: {error}") from None
+                raise LedgerError(errors.EVENT, scope=scope, problem=str(error)) from None
             body = {"event": text, "key_fingerprint": key_fingerprint, "software": _software()}
             write.add("charge", scope, label, body)
         return True
@@ -415,11 +414,13 @@ class Ledger:
         Raises:
             ValueError: for an event that cannot be accounted for.
         """
-        event_text(event)
-        added = list(leaves(event))
+        _, added = _parts(scope, event)
         with self._reading():
             path = self._state.path(scope)
-            return {s.name: self._state.epsilon(scope, added, around=s.name) for s in path}
+            try:
+                return {s.name: self._state.epsilon(scope, added, around=s.name) for s in path}
+            except dp_accounting.UnsupportedEventError as error:
+                raise LedgerError(errors.EVENT, scope=scope, problem=str(error)) from None
 
     def head(self) -> Head:
         """Number and hash of the last entry: a receipt, worth keeping somewhere else."""
@@ -440,7 +441,7 @@ class Ledger:
                 last = Head(entry.number, entry.hash)
                 yield entry
             if last != head:
-                raise ChainError(head.number, "the note of the last entry names another one")
+                raise ChainError(head.number, errors.OTHER_HEAD)
 
     def verify(self, receipt: Head | None = None) -> Head:
         """Reads everything again, and checks chain, contents, and that no budget was passed.
@@ -472,7 +473,7 @@ class Ledger:
             if overspent is not None:
                 raise LedgerDamagedError(
                     errors.DAMAGED, ledger=self.name, number=state.head.number,
-                    problem=f"up to it, {overspent!r} spends more than its budgets allowed",
+                    problem=Message(errors.OVERSPENT, {"scope": overspent}),
                 )  # fmt: skip
             for known in (receipt, self._state.head):
                 if known is not None and known.number > state.head.number:
@@ -501,6 +502,32 @@ class _Write:
         )
         self._ledger._store.append(self.connection, entry)
         self.added.append(entry)
+
+
+def _parts(
+    scope: str, event: dp_accounting.DpEvent
+) -> tuple[dict[str, Any], list[tuple[dp_accounting.DpEvent, int]]]:
+    """An event as JSON, and the single events in it."""
+    try:
+        return event_text(event), list(leaves(event))
+    except ValueError as error:
+        raise LedgerError(errors.EVENT, scope=scope, problem=str(error)) from None
+
+
+def _policy(policy: Policy | str | None) -> Policy | None:
+    """The policy of that name or file."""
+    if not isinstance(policy, str):
+        return policy
+    if Path(policy).suffix != ".toml" and policy not in policies():
+        names = ", ".join(policies())
+        raise not_allowed("policy", repr(policy), Message(errors.PRESET, {"names": names}))
+    try:
+        return load_policy(policy)
+    except ValueError as error:
+        # What is wrong in a file, its author reads in the words of the file: English.
+        raise not_allowed(
+            "policy", repr(policy), Message(errors.READABLE, {"problem": str(error)})
+        ) from None
 
 
 def _date(microseconds: int) -> datetime.datetime:

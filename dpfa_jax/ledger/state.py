@@ -18,6 +18,7 @@ from dpfa_jax.ledger import errors
 from dpfa_jax.ledger.budget import LEVELS, Budget, not_allowed
 from dpfa_jax.ledger.chain import ChainError, Entry, Head
 from dpfa_jax.ledger.errors import BudgetExceededError, LedgerError, PolicyError
+from dpfa_jax.messages import Message
 
 Added = list[tuple[dp_accounting.DpEvent, int]]
 
@@ -126,7 +127,7 @@ class State:
             elif entry.kind not in ("ledger", "release"):
                 raise ValueError(f"unknown kind {entry.kind!r}")
         except (ValueError, KeyError, TypeError, LookupError) as error:
-            raise ChainError(entry.number, f"it cannot be read ({error})") from error
+            raise ChainError(entry.number, errors.UNREADABLE, {"problem": str(error)}) from error
         self.head = Head(entry.number, entry.hash)
         self.last_time = entry.time
 
@@ -255,7 +256,7 @@ class State:
                     scope=name,
                     policy=policy.name,
                     rule=rule,
-                    asked=asked,
+                    asked=Message(errors.NONE) if asked is None else asked,
                     allowed=allowed,
                 )
 
@@ -267,15 +268,16 @@ class State:
             for key in ("adjacency", "unit"):
                 if getattr(budget, key) != getattr(parent, key):
                     raise not_allowed(
-                        key, repr(getattr(budget, key)), f"that of {budget.parent!r}, "
-                        f"{getattr(parent, key)!r}"
+                        key, repr(getattr(budget, key)), Message(errors.PARENTS, {
+                            "parent": repr(budget.parent), "value": repr(getattr(parent, key))})
                     )  # fmt: skip
             if LEVELS.index(budget.level) <= LEVELS.index(parent.level):
                 below = LEVELS[LEVELS.index(parent.level) + 1 :]
-                raise not_allowed("level", repr(budget.level), f"one below {parent.level!r}: "
-                                  f"{', '.join(below) or 'none'}")  # fmt: skip
+                levels = ", ".join(map(repr, below)) or Message(errors.NONE)
+                raise not_allowed("level", repr(budget.level), Message(
+                    errors.BELOW, {"level": repr(parent.level), "levels": levels}))  # fmt: skip
         if budget.disjoint and any(s.budget.composition == "fixed" for s in around):
-            raise not_allowed("disjoint", True, "composition='adaptive' in all scopes around")
+            raise not_allowed("disjoint", True, Message(errors.AROUND))
         self.check_policies(name, budget, around)
 
 

@@ -7,6 +7,7 @@ its process or connection.
 """
 
 import contextlib
+import errno
 import os
 import sqlite3
 import urllib.parse
@@ -19,6 +20,7 @@ import sqlalchemy as sa
 from dpfa_jax.ledger import errors
 from dpfa_jax.ledger.chain import FORMAT, ChainError, Entry, Head
 from dpfa_jax.ledger.errors import LedgerDamagedError, LedgerError, LedgerUnavailableError
+from dpfa_jax.messages import Message
 
 _METADATA = sa.MetaData()
 ENTRIES = sa.Table(
@@ -88,6 +90,49 @@ def _url(text: str) -> sa.URL:
     return url
 
 
+class _ExchangedError(OSError):
+    """Another file has the name of the one that was opened."""
+
+
+# What a person can mend, by SQLite's primary code, PostgreSQL's SQLSTATE, or the system's name.
+_PROBLEMS: dict[Any, str] = {
+    sqlite3.SQLITE_FULL: errors.FULL,
+    sqlite3.SQLITE_READONLY: errors.READ_ONLY,
+    sqlite3.SQLITE_CANTOPEN: errors.NO_ACCESS,
+    sqlite3.SQLITE_PERM: errors.NO_ACCESS,
+    sqlite3.SQLITE_CORRUPT: errors.NOT_SQLITE,
+    sqlite3.SQLITE_NOTADB: errors.NOT_SQLITE,
+    sqlite3.SQLITE_IOERR: errors.DISK,
+    "53100": errors.FULL,
+    "25006": errors.READ_ONLY,
+    "ENOSPC": errors.FULL,
+    "EROFS": errors.READ_ONLY,
+    "EACCES": errors.NO_ACCESS,
+    "ENOENT": errors.NO_ACCESS,
+}
+
+
+def _problem(cause: BaseException) -> Message | str:
+    """Why the database refuses, in a person's language, and in its own words."""
+    if isinstance(cause, _ExchangedError):
+        return Message(errors.EXCHANGED)
+    words = str(cause).strip().split("\n")[0] or type(cause).__name__
+    if isinstance(cause, sqlite3.Error):
+        code: Any = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+    elif isinstance(cause, OSError):
+        code = errno.errorcode.get(cause.errno or 0)
+    else:
+        code = getattr(cause, "sqlstate", None)
+    text = _PROBLEMS.get(code)
+    if text is None and not isinstance(cause, sqlite3.Error | OSError):
+        text = errors.NO_SERVER
+    return (
+        words
+        if text is None
+        else Message("{detail}: {words}", {"detail": Message(text), "words": words})
+    )
+
+
 class Store:
     """Rows and transactions; knows nothing of budgets.
 
@@ -121,7 +166,7 @@ class Store:
             raise LedgerUnavailableError(
                 errors.UNAVAILABLE,
                 ledger=name,
-                problem="psycopg is not installed: pip install 'dpfa_jax[postgres]'",
+                problem=Message(errors.NO_DRIVER),
             ) from None
         return name, engine
 
@@ -203,7 +248,9 @@ class Store:
         self._may_create = False
         with self.transaction(writes=False) as connection:
             if not self._is_ledger(connection):
-                raise LedgerError(errors.FORMAT, ledger=self.name, found="empty", format=FORMAT)
+                raise LedgerError(
+                    errors.FORMAT, ledger=self.name, found=Message(errors.NONE), format=FORMAT
+                )
 
     def _is_ledger(self, connection: sa.Connection) -> bool:
         """Whether a ledger of this format is there, or nothing; else raises."""
@@ -212,7 +259,7 @@ class Store:
         if HEAD.name in tables:
             found = connection.execute(sa.select(HEAD.c.format)).scalar()
             if found is None:
-                raise ChainError(0, "the note of the last entry is missing")
+                raise ChainError(0, errors.NO_HEAD)
         elif {"budgets", "charges"} <= tables:
             found = 1
         elif tables and self.path is not None:
@@ -238,7 +285,7 @@ class Store:
                     if self._connected is None:
                         self._connected = (os.getpid(), self._files())
                         if before not in ((), self._files()[:1]):
-                            raise OSError("the file was exchanged while it was opened")
+                            raise _ExchangedError
                     yield connection
         except ChainError as error:
             raise LedgerDamagedError(
@@ -254,15 +301,14 @@ class Store:
             return LedgerUnavailableError(
                 errors.LOCKED, ledger=self.name, seconds=round(self._timeout, 1)
             )
-        problem = str(cause).strip().split("\n")[0] or type(cause).__name__
-        return LedgerUnavailableError(errors.UNAVAILABLE, ledger=self.name, problem=problem)
+        return LedgerUnavailableError(errors.UNAVAILABLE, ledger=self.name, problem=_problem(cause))
 
     def head(self, connection: sa.Connection, *, lock: bool) -> Head:
         """The head as it is noted; ``lock``: for this transaction alone."""
         query = sa.select(HEAD.c.number, HEAD.c.hash).where(HEAD.c.id == 1)
         row = connection.execute(query.with_for_update() if lock else query).first()
         if row is None:
-            raise ChainError(0, "the note of the last entry is missing")
+            raise ChainError(0, errors.NO_HEAD)
         return Head(*row)
 
     def rows(self, connection: sa.Connection, after: int = -1) -> Iterable[Any]:

@@ -104,7 +104,7 @@ class Policy:
             ("regions", region, self.regions),
         ):
             if value not in allowed:
-                return rule, value or "none", ", ".join(allowed)
+                return rule, value, ", ".join(allowed)
         return None
 
 

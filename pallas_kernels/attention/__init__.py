@@ -1,6 +1,14 @@
 """Attention with several implementations behind one function."""
 
 from pallas_kernels.attention.api import attention, check_arguments, explain, implementations
+from pallas_kernels.attention.by_head import attention_by_head
 from pallas_kernels.attention.spec import AttentionSpec
 
-__all__ = ["AttentionSpec", "attention", "check_arguments", "explain", "implementations"]
+__all__ = [
+    "AttentionSpec",
+    "attention",
+    "attention_by_head",
+    "check_arguments",
+    "explain",
+    "implementations",
+]

@@ -76,6 +76,7 @@ def attention(
     mask: Bool[Array, "#B #N #T S"] | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
+    first_head: int = 0,
 ) -> Float[Array, "B T N H"]:
     """Attention of ``query`` over ``key`` and ``value``; see :class:`AttentionSpec`.
 
@@ -91,6 +92,7 @@ def attention(
             can do the call on this machine (:func:`explain` tells which, and why).
         interpret: run the kernels named by ``implementation`` in Pallas's interpreter,
             on any device. Slow; for tests.
+        first_head: the first head's counter in the noise, for a call on some of the heads.
 
     Returns:
         [B, T, N, H] in the dtype of ``query``.
@@ -110,12 +112,12 @@ def attention(
         noise = None
         if counters is not None:
             assert key_words is not None
-            noise = (key_words, counters)
+            noise = common.Noise(key_words, counters, first_head)
         return _PLAIN[name](query, key, value, spec, noise=noise, lengths=lengths, mask=mask)
     packed = None
     if counters is not None:
         assert key_words is not None
-        packed = fused.pack_noise(key_words, counters)
+        packed = fused.pack_noise(key_words, counters, first_head=first_head)
     padded = jax.ShapeDtypeStruct(
         (*query.shape[:3], fused.padded_head_dim(query.shape[3])), query.dtype
     )

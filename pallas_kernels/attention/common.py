@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -214,6 +215,14 @@ def with_child_keys(noise: UInt32[Array, "b 11"]) -> UInt32[Array, "b 19"]:
     return jnp.concatenate([keys, noise[:, 8:]], axis=1)
 
 
+class Noise(NamedTuple):
+    """What makes the noise of a call: key, batch counters, counter of the first head."""
+
+    key_words: UInt32[Array, "8"]
+    batch: UInt32[Array, "b"]
+    first_head: int = 0
+
+
 def numerator_noise(
     key_words: jax.Array,
     batch: jax.Array,
@@ -221,14 +230,20 @@ def numerator_noise(
     heads: int,
     depth: int,
     rounds: prng.Rounds,
+    first_head: int = 0,
 ) -> Float32[Array, "b t n h"]:
     """Standard normals for the numerator (or the output row)."""
     child = prng.derive_key(key_words, NUMERATOR)
-    return prng.normal_tile(child, batch, rows, heads, depth, rounds=rounds)
+    return prng.normal_tile(child, batch, rows, heads, depth, rounds=rounds, first_head=first_head)
 
 
 def denominator_noise(
-    key_words: jax.Array, batch: jax.Array, rows: jax.Array, heads: int, rounds: prng.Rounds
+    key_words: jax.Array,
+    batch: jax.Array,
+    rows: jax.Array,
+    heads: int,
+    rounds: prng.Rounds,
+    first_head: int = 0,
 ) -> Float32[Array, "b t n"]:
     """Standard normals for the sum of weights: column 0 of a tile of its own key."""
     child = prng.derive_key(key_words, DENOMINATOR)
@@ -236,7 +251,7 @@ def denominator_noise(
     counters = (
         zero,
         rows[None, :, None],
-        jnp.arange(heads, dtype=jnp.uint32)[None, None, :],
+        jnp.arange(first_head, first_head + heads, dtype=jnp.uint32)[None, None, :],
         batch[:, None, None],
     )
     words = prng.chacha_block(child, counters, rounds=rounds)
@@ -250,11 +265,12 @@ def release_record(
     key_words: UInt32[Array, "8"],
     batch: UInt32[Array, "b"],
     rows: UInt32[Array, "t"],
+    first_head: int = 0,
 ) -> Float32[Array, "b t n h"]:
     """Noise, grid and division: (N + σ_N g) / max(L + σ_L g', floor)."""
     heads, depth = numerator.shape[-2:]
-    g = numerator_noise(key_words, batch, rows, heads, depth, spec.rounds)
-    g_l = denominator_noise(key_words, batch, rows, heads, spec.rounds)
+    g = numerator_noise(key_words, batch, rows, heads, depth, spec.rounds, first_head)
+    g_l = denominator_noise(key_words, batch, rows, heads, spec.rounds, first_head)
     noisy_n = numerator + jnp.float32(spec.numerator_std) * g
     noisy_l = denominator + jnp.float32(spec.denominator_std) * g_l
     noisy_n = round_to_grid(noisy_n, spec.spacing(spec.numerator_std))
@@ -270,10 +286,11 @@ def release_sequence(
     key_words: UInt32[Array, "8"],
     batch: UInt32[Array, "b"],
     rows: UInt32[Array, "t"],
+    first_head: int = 0,
 ) -> Float32[Array, "b t n h"]:
     """Noise and grid on each output row."""
     heads, depth = output.shape[-2:]
-    g = numerator_noise(key_words, batch, rows, heads, depth, spec.rounds)
+    g = numerator_noise(key_words, batch, rows, heads, depth, spec.rounds, first_head)
     noisy = output + jnp.float32(spec.numerator_std) * g
     return round_to_grid(noisy, spec.spacing(spec.numerator_std))
 

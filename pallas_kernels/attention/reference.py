@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import common
+from pallas_kernels.attention.common import Noise
 from pallas_kernels.attention.spec import AttentionSpec
 
 # float32 products even where the hardware's default is a shorter format.
@@ -20,7 +21,7 @@ def attention(
     value: jax.Array,
     spec: AttentionSpec,
     *,
-    noise: tuple[jax.Array, jax.Array] | None,
+    noise: Noise | None,
     lengths: jax.Array | None,
     mask: jax.Array | None,
 ) -> jax.Array:
@@ -41,7 +42,9 @@ def attention(
         numerator, denominator = common.sum_over_keys(w[:, :, None], v)
         numerator = numerator[:, :, 0].transpose(0, 2, 1, 3)
         denominator = denominator[:, :, 0].transpose(0, 2, 1)
-        out = common.release_record(spec, numerator, denominator, *noise, rows)
+        out = common.release_record(
+            spec, numerator, denominator, *noise[:2], rows, noise.first_head
+        )
         return out.astype(query.dtype)
 
     if spec.mode == "sequence":
@@ -57,5 +60,5 @@ def attention(
     out = jnp.einsum("bnts,bsnh->btnh", weights, v, precision=_HIGHEST)
     if spec.mode == "sequence":
         assert noise is not None
-        out = common.release_sequence(spec, out, *noise, rows)
+        out = common.release_sequence(spec, out, *noise[:2], rows, noise.first_head)
     return out.astype(query.dtype)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import common
+from pallas_kernels.attention.common import Noise
 from pallas_kernels.attention.spec import AttentionSpec
 
 ROWS = 256
@@ -24,7 +25,7 @@ def attention(
     value: jax.Array,
     spec: AttentionSpec,
     *,
-    noise: tuple[jax.Array, jax.Array] | None,
+    noise: Noise | None,
     lengths: jax.Array | None,
     mask: jax.Array | None,
 ) -> jax.Array:
@@ -60,7 +61,7 @@ def _chunk(
     spec: AttentionSpec,
     *,
     rows: jax.Array,
-    noise: tuple[jax.Array, jax.Array] | None,
+    noise: Noise | None,
     lengths: jax.Array | None,
     mask: jax.Array | None,
 ) -> jax.Array:
@@ -86,7 +87,9 @@ def _chunk(
         numerator, denominator = common.sum_over_keys(weights, value)
         numerator = numerator.transpose(0, 3, 1, 2, 4).reshape(batch, num_rows, heads, depth)
         denominator = denominator.transpose(0, 3, 1, 2).reshape(batch, num_rows, heads)
-        out = common.release_record(spec, numerator, denominator, *noise, rows)
+        out = common.release_record(
+            spec, numerator, denominator, *noise[:2], rows, noise.first_head
+        )
         return out.astype(query.dtype)
 
     if spec.mode == "sequence":
@@ -104,7 +107,7 @@ def _chunk(
     out = out.reshape(batch, num_rows, heads, depth)
     if spec.mode == "sequence":
         assert noise is not None
-        out = common.release_sequence(spec, out, *noise, rows)
+        out = common.release_sequence(spec, out, *noise[:2], rows, noise.first_head)
     return out.astype(query.dtype)
 
 

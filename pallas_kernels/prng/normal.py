@@ -91,6 +91,7 @@ def normal_tile(
     columns: int,
     *,
     rounds: Rounds = 20,
+    first_head: int = 0,
 ) -> Float32[Array, "b t n c"]:
     """Standard normals for attention rows, in the layout of the module's docstring.
 
@@ -98,9 +99,10 @@ def normal_tile(
         key_words: uint32[8], a key derived for this purpose alone.
         batch: the batch counter of each batch element.
         rows: the row counter of each row (a chunk may start anywhere).
-        heads: number of query heads; counters 0 to heads - 1.
+        heads: number of query heads; counters ``first_head`` to first_head + heads - 1.
         columns: columns of a row.
         rounds: of ChaCha, 8, 12 or 20; ``"threefry"`` for reproducible tests only.
+        first_head: counter of the first head, for a call on some of the heads.
 
     Returns:
         float32 of shape [batch, rows, heads, columns].
@@ -111,7 +113,7 @@ def normal_tile(
     counters = (
         jnp.arange(blocks * tiles, dtype=jnp.uint32)[None, None, None, :],
         rows[None, :, None, None],
-        jnp.arange(heads, dtype=jnp.uint32)[None, None, :, None],
+        jnp.arange(first_head, first_head + heads, dtype=jnp.uint32)[None, None, :, None],
         batch[:, None, None, None],
     )
     block = chacha_block(key_words, counters, rounds=rounds)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sqlite3
 
 import dp_accounting
@@ -125,6 +126,14 @@ def test_plan_answers_what_the_accountant_answers(capsys, tmp_path, path):
         assert values == sorted(values, reverse=name == "noise multiplier")
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert [e.kind for e in Ledger(path).entries()] == ["ledger", "budget"]  # nothing charged
+
+
+def test_answers_are_json_also_where_epsilon_is_infinite():
+    plain = budget_cli._finite(
+        {"epsilon": math.inf, "curves": {"steps": [[1, math.inf], [2, 3.5]]}}
+    )
+    assert plain == {"epsilon": None, "curves": {"steps": [[1, None], [2, 3.5]]}}
+    json.dumps(plain, allow_nan=False)
 
 
 def test_plan_finds_the_noise(capsys):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
+from dp_accounting import rdp
 
 from dpfa_jax import Accountant
 from dpfa_jax.accounting.renyi import (
@@ -71,6 +72,23 @@ def test_the_distribution_and_the_formula_agree(q, z):
         assert found <= 1.001 * true
         # High orders are the tail's, which counts as δ₀ here.
         assert order > 3 or found >= true * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("q", [1e-6, 1e-3, 0.2, 0.999])
+@pytest.mark.parametrize("z", [0.02, 0.3, 1.0, 40.0])
+def test_the_fast_sum_is_the_packages(q, z):
+    """Where the package's loses digits, near zero, it may be below ours by its rounding."""
+    orders = (2.0, 3.0, 12.0, 64.0, 512.0)
+    ours = renyi_cost(Poisson(q, Gaussian(z)), "add_remove", orders)
+    theirs = rdp.RdpAccountant(list(orders)).compose(Poisson(q, Gaussian(z))).rdp
+    assert ours.delta == 0
+    np.testing.assert_allclose(ours.rho, theirs, rtol=1e-7, atol=1e-14)
+
+
+def test_the_fast_sum_keeps_its_digits_where_little_is_spent():
+    """A − 1 is about q²(e^(1/z²) − 1) = q²/z² at order 2, far below the rounding of A itself."""
+    cost = renyi_cost(Poisson(1e-7, Gaussian(100.0)), "add_remove", (2.0, 3.0))
+    assert cost.rho[0] == pytest.approx(1e-14 * math.expm1(1e-4), rel=1e-8, abs=0)
 
 
 @pytest.mark.parametrize("adjacency", ["add_remove", "replace_one"])

@@ -120,19 +120,18 @@ _ATTENTION_BUGS = {
     ),
     "query heads counted as key/value heads": (
         attention.attention_event, None,
-        "int(query_shape[1]) * int(query_shape[2]) * calls",
-        "int(query_shape[1]) * int(query_shape[2]) // 2 * calls",
+        "rows, heads = int(query_shape[1]) * calls, int(query_shape[2])",
+        "rows, heads = int(query_shape[1]) * calls, int(query_shape[2]) // 2",
         "record, replace_one, grouped queries", 4000, "broken",
     ),
     "query rows not counted": (
         attention.attention_event, None,
-        "int(query_shape[1]) * int(query_shape[2]) * calls", "int(query_shape[2]) * calls",
+        "rows, heads = int(query_shape[1]) * calls,", "rows, heads = calls,",
         "sequence, replace_one, grouped queries", 4000, "broken",
     ),
     "layers not counted": (
         attention.attention_event, None,
-        "int(query_shape[1]) * int(query_shape[2]) * calls",
-        "int(query_shape[1]) * int(query_shape[2])",
+        "rows, heads = int(query_shape[1]) * calls,", "rows, heads = int(query_shape[1]),",
         "sequence, replace_one, two layers", 4000, "broken",
     ),
     "composition not counted under replace_one": (
@@ -149,21 +148,18 @@ _ATTENTION_BUGS = {
     ),
     "one noise for all heads": (
         common.numerator_noise, None,
-        "return prng.normal_tile(child, batch, rows, heads, depth, rounds=rounds)",
-        "x = prng.normal_tile(child, batch, rows, 1, depth, rounds=rounds)\n"
-        "    return jnp.repeat(x, heads, 2)",
+        "child, batch, rows, heads, depth, rounds=rounds, first_head=first_head)",
+        "child, batch, rows, 1, depth, rounds=rounds).repeat(heads, 2)",
         "sequence, replace_one, grouped queries", 4000, "broken",
     ),
     "one noise for all rows": (
         common.numerator_noise, None,
-        "prng.normal_tile(child, batch, rows, heads,",
-        "prng.normal_tile(child, batch, jnp.zeros_like(rows), heads,",
+        "child, batch, rows, heads,", "child, batch, jnp.zeros_like(rows), heads,",
         "sequence, replace_one, grouped queries", 10_000, "any",
     ),
     "one noise for all elements of a batch": (
         common.numerator_noise, None,
-        "prng.normal_tile(child, batch, rows, heads,",
-        "prng.normal_tile(child, jnp.zeros_like(batch), rows, heads,",
+        "child, batch, rows, heads,", "child, jnp.zeros_like(batch), rows, heads,",
         "record, replace_one, a known twin in the batch", 4000, "broken",
     ),
     "one key for all layers": (

@@ -60,7 +60,7 @@ def kill(where, times):
         ledger.charge("s", f"before.{i}", EVENT)
         acknowledged.append(f"charge before.{i}")
     # A kill comes somewhere in the first four charges, however fast the disk is.
-    longest = 0.01 + 4 * (time.monotonic() - started) / 10
+    shortest = longest = 0.01 + 4 * (time.monotonic() - started) / 10
 
     for life in range(int(times)):
 
@@ -79,7 +79,10 @@ def kill(where, times):
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         ended += status == signal.SIGKILL
-        acknowledged += lines(reading)
+        said = lines(reading)
+        acknowledged += said
+        # Other work on the machine may come and go: longer lives where most are in vain.
+        longest = min(1.0, max(shortest, longest * (0.95 if said else 1.1)))
         ledger.head()  # Reads on, checking the chain; so the next life starts with it.
     return {"acknowledged": acknowledged, "killed": ended}
 

@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpfa_jax import Accountant, Ledger
+from dpfa_jax import (
+    Accountant,
+    AttentionPrivacy,
+    Ledger,
+    PoissonSampler,
+    SecureKey,
+    attention_event,
+)
 from dpfa_jax.accounting.renyi import Orders, nothing, renyi_cost
 from dpfa_jax.ledger import (
     Budget,
@@ -150,14 +157,17 @@ def _budget():
     [
         ({"adjacency": "replace_one"}, "adjacency='replace_one': allowed is that of 'org'"),
         ({"unit": "message"}, "unit='message': allowed is that of 'org', 'user'"),
-        ({"level": "organisation"}, "level='organisation': allowed is one below"),
-        ({"level": "floor"}, "level=floor: allowed is 'organisation' or"),
-        ({"composition": "best"}, "composition=best: allowed is 'fixed' or 'adaptive'"),
+        (
+            {"level": "organisation"},
+            "level='organisation': allowed is a level below 'organisation'",
+        ),
+        ({"level": "floor"}, "level='floor': allowed is 'organisation', "),
+        ({"composition": "best"}, "composition='best': allowed is 'fixed', 'adaptive'"),
         ({"parent": "nobody"}, "scope='nobody': no budget was opened"),
         ({"region": "moon-1", "policy": "gdpr"}, "policy gdpr, rule regions: moon-1 was asked"),
         ({"policy": "gdpr", "region": None}, "policy gdpr, rule regions: none was asked"),
-        ({"policy": "nobody"}, "policy='nobody': allowed are app, baseline"),
-        ({"disjoint": 1}, "disjoint=1: allowed is True or False"),
+        ({"policy": "nobody"}, "policy='nobody': allowed is app, baseline"),
+        ({"disjoint": 1}, "disjoint=1: allowed is True, False"),
         ({"reason": ""}, "reason=''"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -444,3 +454,37 @@ def test_exports_hold_every_entry(ledger):
     assert rows[3]["label"] == 'quote " , ü'
     assert rows[3]["scope"] == "'=cmd()"  # no formula for a spreadsheet
     assert [r["hash"] for r in rows] == [e["hash"] for e in out["entries"]]
+
+
+# --- everything under one budget ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("composition", ["fixed", "adaptive"])
+def test_one_budget_takes_every_kind_of_release(ledger, composition):
+    """Steps with Poisson and truncated batches, adaptive clipping (a step's event: its count is
+    released under the same noise), attention with a multiplier a head, two layers of it, and an
+    evaluation.
+    """
+    ledger.open_budget("r", epsilon=1.0, composition=composition, **WORDS)
+    sampler = PoissonSampler(500, 0.02, 40, SecureKey.generate())
+    attention = AttentionPrivacy(
+        unit="record", noise_multiplier=(30.0, 60.0), value_clip=1.0, adjacency="add_remove",
+        logit_bound=1.0,
+    )  # fmt: skip
+    plain = dataclasses.replace(attention, noise_multiplier=80.0)
+    events = {
+        "Poisson": dp_accounting.PoissonSampledDpEvent(0.02, Gaussian(2.0)),
+        "truncated": sampler.event(2.0),
+        "attention": attention_event([attention, plain], (1, 5, 2, 8)),
+        "evaluation": Gaussian(20.0),
+    }
+    accountant = Accountant("add_remove")
+    for label, event in events.items():
+        assert ledger.charge("r", label, event)
+        accountant.compose(event)
+    assert type(sampler.event(2.0)) is dp_accounting.TruncatedSubsampledGaussianDpEvent
+    tight = accountant.epsilon(DELTA)
+    if composition == "fixed":
+        assert ledger.spent("r") == pytest.approx(tight, rel=1e-6)
+    assert tight * (1 - 1e-9) <= ledger.spent("r") <= 1.6 * tight
+    ledger.verify()

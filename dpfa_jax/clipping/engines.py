@@ -85,8 +85,11 @@ def bookkeeping(
     sites = _sites(plan, plan.of_form("gram"))
     clip = _short_margin(plan, clip)
     readings = read(plan.trace, sites, plan.of_form("materialised"), leaves, batch)
+    # What is kept is what is measured: the norm is that of the rounded gradient.
+    kept_as = {leaf: plan.leaves[leaf].dtype or g.dtype for leaf, g in readings.gradients.items()}
+    gradients = {leaf: g.astype(kept_as[leaf]) for leaf, g in readings.gradients.items()}
     groups = _groups(plan, sites, readings)
-    squares = _squares(plan, groups, readings.gradients, padding.size)
+    squares = _squares(plan, groups, gradients, padding.size)
     weights, keep, norms = clip.factors(squares, padding)
 
     def total(groups: Sequence[_Group], gradients: dict[int, jax.Array], kept: Any) -> Sums:
@@ -107,8 +110,8 @@ def bookkeeping(
     # was read, so only where there is one. A finite norm means finite readings.
     sums = jax.lax.cond(
         jnp.all(jnp.isfinite(sum(squares[1:], squares[0]))),
-        lambda: total(groups, readings.gradients, None),
-        lambda: total(groups, readings.gradients, keep),
+        lambda: total(groups, gradients, None),
+        lambda: total(groups, gradients, keep),
     )
     return sums, (readings.aux, norms)
 

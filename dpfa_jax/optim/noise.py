@@ -115,27 +115,25 @@ def add_noise(
     ) -> tuple[PyTree, DPNoiseState]:
         del params
         step_key = jax.random.fold_in(state.key, state.step)
-        noisy = _add(updates, jax.random.key_data(step_key), sum_std)
-        mean = jax.tree.map(
-            lambda x, u: (x / jnp.float32(expected_batch_size)).astype(u.dtype), noisy, updates
-        )
+        mean = _release(updates, jax.random.key_data(step_key), sum_std, expected_batch_size)
         return mean, DPNoiseState(state.step + jnp.uint32(1), state.key)
 
     return optax.GradientTransformation(init, update)
 
 
-def _add(updates: PyTree, step_key: jax.Array, std: float) -> PyTree:
+def _release(updates: PyTree, step_key: jax.Array, std: float, divisor: float) -> PyTree:
+    """(updates + noise, rounded to the grid) / divisor: each leaf is read and written once."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
-    spacing = 2.0 ** (math.floor(math.log2(std)) - _GRID) if std else 0.0
+    if not std:
+        mean = [(x.astype(jnp.float32) / jnp.float32(divisor)).astype(x.dtype) for _, x in leaves]
+        return jax.tree.unflatten(structure, mean)
+    spacing = 2.0 ** (math.floor(math.log2(std)) - _GRID)
     stream = prng.derive_key(step_key, keys.GRADIENT)
-    noisy = []
-    for path, leaf in leaves:
-        x = leaf.astype(jnp.float32)
-        if std:
-            g = prng.normal_stream(stream, leaf.size, _leaf_nonce(path)).reshape(leaf.shape)
-            x = jnp.round((x + jnp.float32(std) * g) / spacing) * spacing
-        noisy.append(x)
-    return jax.tree.unflatten(structure, noisy)
+    released = [
+        prng.add_normal(x, stream, _leaf_nonce(path), std=std, spacing=spacing, divisor=divisor)
+        for path, x in leaves
+    ]
+    return jax.tree.unflatten(structure, released)
 
 
 def _leaf_nonce(path: tuple[Any, ...]) -> tuple[int, int, int]:

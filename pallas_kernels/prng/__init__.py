@@ -1,5 +1,6 @@
 """Counter-based cryptographic noise in plain uint32 and float32 arithmetic."""
 
+from pallas_kernels.prng.adding import add_normal
 from pallas_kernels.prng.chacha import (
     ROUNDS,
     Rounds,
@@ -13,6 +14,7 @@ from pallas_kernels.prng.normal import box_muller, normal_stream, normal_tile
 __all__ = [
     "ROUNDS",
     "Rounds",
+    "add_normal",
     "box_muller",
     "chacha_block",
     "derive_key",

@@ -122,17 +122,22 @@ def add_noise(
 
 
 def _release(updates: PyTree, step_key: jax.Array, std: float, divisor: float) -> PyTree:
-    """(updates + noise, rounded to the grid) / divisor: each leaf is read and written once."""
+    """(updates + noise, rounded to the grid) / divisor.
+
+    The noise is written once and read once, by whatever reads the gradient next.
+    """
     leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
     if not std:
         mean = [(x.astype(jnp.float32) / jnp.float32(divisor)).astype(x.dtype) for _, x in leaves]
         return jax.tree.unflatten(structure, mean)
     spacing = 2.0 ** (math.floor(math.log2(std)) - _GRID)
     stream = prng.derive_key(step_key, keys.GRADIENT)
-    released = [
-        prng.add_normal(x, stream, _leaf_nonce(path), std=std, spacing=spacing, divisor=divisor)
-        for path, x in leaves
-    ]
+    noise = prng.normal_streams(stream, [(x.size, _leaf_nonce(path)) for path, x in leaves])
+    released = []
+    for (_, x), g in zip(leaves, noise, strict=True):
+        noisy = x.astype(jnp.float32) + jnp.float32(std) * g.reshape(x.shape)
+        rounded = jnp.round(noisy / spacing) * spacing
+        released.append((rounded / jnp.float32(divisor)).astype(x.dtype))
     return jax.tree.unflatten(structure, released)
 
 

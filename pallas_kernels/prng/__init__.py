@@ -1,6 +1,5 @@
 """Counter-based cryptographic noise in plain uint32 and float32 arithmetic."""
 
-from pallas_kernels.prng.adding import add_normal
 from pallas_kernels.prng.chacha import (
     ROUNDS,
     Rounds,
@@ -10,15 +9,16 @@ from pallas_kernels.prng.chacha import (
     stream_words,
 )
 from pallas_kernels.prng.normal import box_muller, normal_stream, normal_tile
+from pallas_kernels.prng.streams import normal_streams
 
 __all__ = [
     "ROUNDS",
     "Rounds",
-    "add_normal",
     "box_muller",
     "chacha_block",
     "derive_key",
     "normal_stream",
+    "normal_streams",
     "normal_tile",
     "random_block",
     "stream_words",

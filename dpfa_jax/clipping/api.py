@@ -89,7 +89,7 @@ class ClippedGrad:
         if self.verify:
             check_against_single_calls(split, run, self._clip(split))
         sums, (aux, norms) = in_microbatches(
-            lambda batch, padding: run(batch, padding, clip),
+            lambda batch, padding, start: run(batch, padding, clip, start),
             split.batch,
             padding,
             self.microbatch_size,
@@ -140,7 +140,7 @@ class ClippedGrad:
         return *explain.choose(plan, self._together(split), groups, memory), plan
 
     def _engine(self, split: Arguments) -> Callable[..., tuple[list[Array], Any]]:
-        """``(batch, padding, clip) -> (sums, (aux, norms))`` of the engine that runs."""
+        """``(batch, padding, clip, start) -> (sums, (aux, norms))`` of the engine that runs."""
         if self.engine == "vmap":
             split.checked_jaxpr()
             return functools.partial(vmap.clipped_sum, split.loss, split.leaves)

@@ -56,7 +56,8 @@ class ClippedGrad:
 
         Args:
             *args: the loss's positional arguments, batched where ``batch_argnums`` says.
-            is_padding_example: bool[batch]; True rows contribute exactly zero.
+            is_padding_example: bool[batch]; True rows contribute exactly zero. A microbatch of
+                such rows alone is skipped, so put them last; their aux means nothing.
 
         Returns:
             A float32 tree like the arguments in ``argnums``: Σ_b min(1, C/‖g_b‖) g_b. Frozen
@@ -93,6 +94,7 @@ class ClippedGrad:
             split.batch,
             padding,
             self.microbatch_size,
+            skip=is_padding_example is not None,
         )
         norms = jnp.where(padding, jnp.nan, norms)
         return split.unflatten(sums), split.unflatten_aux(aux), norms

@@ -12,7 +12,12 @@ Part = Callable[[list[Any], jax.Array, Any], tuple[Any, Any]]
 
 
 def in_microbatches(
-    part: Part, batch: Sequence[Any], is_padding_example: Bool[Array, "b"], size: int | None
+    part: Part,
+    batch: Sequence[Any],
+    is_padding_example: Bool[Array, "b"],
+    size: int | None,
+    *,
+    skip: bool = False,
 ) -> tuple[Any, Any]:
     """Sums ``part``'s first output over microbatches and stacks its second.
 
@@ -22,6 +27,8 @@ def in_microbatches(
         batch: arrays with a leading batch axis.
         is_padding_example: bool[batch].
         size: examples in a microbatch; None means all.
+        skip: whether microbatches of padding alone are left out. Their per-example outputs are
+            zeros then, and what the call takes tells how many there were.
     """
     count = is_padding_example.shape[0]
     size = min(size or count, count)
@@ -41,11 +48,17 @@ def in_microbatches(
 
     def body(total: Any, xs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
         examples, padding = xs
-        return part(examples, padding, total)
+        if not skip:
+            return part(examples, padding, total)
+        return jax.lax.cond(
+            jnp.all(padding),
+            lambda: (total, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), outputs)),
+            lambda: part(examples, padding, total),
+        )
 
     first = jax.tree.map(lambda x: x[0], xs)
-    shapes = jax.eval_shape(lambda examples, padding: part(examples, padding, None)[0], *first)
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, outputs = jax.lax.scan(body, zero, xs)
-    flat = jax.tree.map(lambda x: x.reshape(steps * size, *x.shape[2:])[:count], outputs)
+    sums, outputs = jax.eval_shape(lambda examples, padding: part(examples, padding, None), *first)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
+    total, stacked = jax.lax.scan(body, zero, xs)
+    flat = jax.tree.map(lambda x: x.reshape(steps * size, *x.shape[2:])[:count], stacked)
     return total, flat

@@ -115,6 +115,11 @@ def _add_bench(commands: Any) -> None:
     clipping.add_argument(
         "--quick", action="store_true", help="only what the targets are about, and jax_privacy"
     )
+    clipping.add_argument(
+        "--attention",
+        choices=("cudnn", "dpfa", "xla"),
+        help="of all steps (default: cudnn on NVIDIA GPUs in 16-bit floats, else xla)",
+    )
     clipping.add_argument("--batch", type=int, metavar="B", help="another physical batch")
     clipping.add_argument(
         "--json",
@@ -170,6 +175,7 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
             shapes=args.shapes,
             batch=args.batch,
             only=args.only,
+            attention=args.attention,
             quick=args.quick,
             budget=args.budget,
             json_path=args.json,

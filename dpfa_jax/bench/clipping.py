@@ -6,6 +6,7 @@ noise and optimiser included, measured in turns in one process.
 
 import dataclasses
 import datetime
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,12 +22,13 @@ from dpfa_jax.bench import decoder, steps
 from dpfa_jax.bench.attention import package_versions
 from dpfa_jax.bench.decoder import DecoderShape
 from dpfa_jax.bench.files import write_json
-from dpfa_jax.bench.steps import NON_PRIVATE, OURS, Version
+from dpfa_jax.bench.steps import NON_PRIVATE, OURS, OURS_NO_NOISE, Version
 from dpfa_jax.bench.timing import (
     BenchError,
+    Build,
     Plan,
     Runnable,
-    describe_error,
+    compile_all,
     measure,
     ratio_with_interval,
 )
@@ -64,38 +66,69 @@ class _Shared:
         self.tokens = steps.make_tokens(shape)
 
 
-def _compile(version: Version, shape: DecoderShape, shared: _Shared) -> tuple[Runnable, int | None]:
-    """The compiled step, and its peak memory: arguments, outputs and temporaries."""
+def _prepare(version: Version, shape: DecoderShape, shared: _Shared) -> Build:
+    """Traces the step; what is returned compiles it, its state given back in place."""
     step = jax.jit(steps.make_step(version, shape), donate_argnums=0)
-    compiled = step.lower(shared.state, shared.tokens).compile()
+    lowered = step.lower(shared.state, shared.tokens)
 
-    def run(times: int) -> None:
-        for _ in range(times):
-            shared.state = compiled(shared.state, shared.tokens)
-        jax.block_until_ready(shared.state)
+    def build() -> Runnable:
+        compiled = lowered.compile()
 
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return Runnable(run), None
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Runnable(run, int(memory.temp_size_in_bytes)), int(peak)
+        def run(times: int) -> None:
+            for _ in range(times):
+                shared.state = compiled(shared.state, shared.tokens)
+            jax.block_until_ready(shared.state)
+
+        memory = compiled.memory_analysis()
+        if memory is None:
+            return Runnable(run)
+        # The state's copy in the output is the one in the arguments.
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return Runnable(run, int(peak))
+
+    return build
+
+
+def _device_peaks(runnables: dict[str, Runnable]) -> dict[str, int]:
+    """What the device says was in use at most, for each step that raised that figure.
+
+    It cannot be set back, so the steps run once in the order of their predicted peaks. Only
+    what the device remembers from compiling, where it tries products out, can hide a step.
+    """
+    peaks: dict[str, int] = {}
+
+    def read() -> int:
+        stats = jax.devices()[0].memory_stats()
+        return 0 if not stats else int(stats.get("peak_bytes_in_use", 0))
+
+    before = read()
+    for name in sorted(runnables, key=lambda n: runnables[n].extra_bytes or 0):
+        try:
+            runnables[name].run(1)
+        except Exception:  # measure() meets it again, and keeps its text
+            continue
+        after = read()
+        if after > before:
+            peaks[name], before = after, after
+    return peaks
 
 
 def measure_shape(shape: DecoderShape, versions: Sequence[Version], plan: Plan) -> dict[str, Any]:
     """Every version's samples, its share of the non-private throughput, memory or error."""
     shared = _Shared(shape)
-    runnables: dict[str, Runnable] = {}
-    peaks: dict[str, int | None] = {}
-    errors: dict[str, str] = {}
-    for version in versions:
-        try:
-            runnables[version.name], peaks[version.name] = _compile(version, shape, shared)
-        # Whatever a compiler or another library raises is a result to show.
-        except Exception as error:
-            errors[version.name] = describe_error(error)
+    start = time.monotonic()
+    runnables, errors = compile_all(
+        {v.name: functools.partial(_prepare, v, shape, shared) for v in versions}
+    )
+    compiled = round(time.monotonic() - start, 1)
+    device_peaks = _device_peaks(runnables)
     timings = measure(runnables, plan)
     base = timings.get(NON_PRIVATE)
+
+    def peak(name: str) -> int | None:
+        return runnables[name].extra_bytes if name in runnables else None
+
     entries: list[dict[str, Any]] = []
     for version in versions:
         name = version.name
@@ -109,15 +142,26 @@ def measure_shape(shape: DecoderShape, versions: Sequence[Version], plan: Plan) 
             "median_ms": 1e3 * timing.median,
             "quartile_distance_ms": 1e3 * timing.spread,
             "samples_ms": [round(1e3 * s, 4) for s in timing.seconds],
-            "peak_bytes": peaks[name],
+            "peak_bytes": peak(name),
+            "device_peak_bytes": device_peaks.get(name),
         }
         if base is not None and base.seconds:
             share, low, high = ratio_with_interval(base.seconds, timing.seconds)
             entry |= {"share": share, "interval": [low, high]}
-            own, other = peaks[name], peaks.get(NON_PRIVATE)
+            own, other = peak(name), peak(NON_PRIVATE)
             entry["memory"] = own / other if own and other else None
         entries.append(entry)
-    return {"shape": dataclasses.asdict(shape), "versions": entries, "explanation": _explain(shape)}
+    noise = [
+        timings[n].median for n in (OURS, OURS_NO_NOISE) if n in timings and timings[n].seconds
+    ]
+    return {
+        "shape": dataclasses.asdict(shape),
+        "attention": decoder.attention_of(shape),
+        "compile_seconds": compiled,
+        "noise_ms": 1e3 * (noise[0] - noise[1]) if len(noise) == 2 else None,
+        "versions": entries,
+        "explanation": _explain(shape),
+    }
 
 
 def _explain(shape: DecoderShape) -> str:
@@ -143,7 +187,8 @@ def judge(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     verdicts = []
     for target in TARGETS:
         wanted = dataclasses.asdict(target.shape)
-        cell = next((c for c in cells if c["shape"] == wanted), None)
+        # Every attention counts: all versions of a step have the same.
+        cell = next((c for c in cells if c["shape"] | {"attention": None} == wanted), None)
         entries = cell["versions"] if cell else []
         entry: dict[str, Any] = next((e for e in entries if e["name"] == target.version), {})
         share, memory = entry.get("share"), entry.get("memory")
@@ -164,8 +209,10 @@ def judge(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return verdicts
 
 
-def choose_shapes(shapes: str, batch: int | None) -> tuple[DecoderShape, ...]:
-    """The shapes that the options name, with another physical batch if one is given.
+def choose_shapes(
+    shapes: str, batch: int | None, attention: str | None = None
+) -> tuple[DecoderShape, ...]:
+    """The shapes that the options name, with another batch or attention if one is given.
 
     Raises:
         BenchError: for the full shapes on a machine without an accelerator, or a bad batch.
@@ -174,8 +221,8 @@ def choose_shapes(shapes: str, batch: int | None) -> tuple[DecoderShape, ...]:
         raise BenchError("the full shapes need an accelerator; on a CPU use --shapes cpu.")
     if batch is not None and batch < 1:
         raise BenchError(f"--batch {batch}: allowed is a whole number >= 1.")
-    chosen = decoder.SHAPES[shapes]
-    return chosen if batch is None else tuple(dataclasses.replace(s, batch=batch) for s in chosen)
+    chosen = (dataclasses.replace(s, attention=attention) for s in decoder.SHAPES[shapes])
+    return tuple(s if batch is None else dataclasses.replace(s, batch=batch) for s in chosen)
 
 
 def run(
@@ -183,6 +230,7 @@ def run(
     shapes: str = "all",
     batch: int | None = None,
     only: str | None = None,
+    attention: str | None = None,
     quick: bool = False,
     budget: float = 420.0,
     plan: Plan | None = None,
@@ -196,6 +244,7 @@ def run(
         shapes: ``'all'`` (an accelerator's), ``'cpu'`` or ``'small'`` (to see that it works).
         batch: another physical batch for every shape; its targets then do not apply.
         only: measure only shapes whose name holds this text.
+        attention: of all steps, a name from ``decoder.ATTENTION``; None is the fastest known.
         quick: only the versions that the targets are about, and jax_privacy.
         budget: seconds after which no further shape is begun.
         plan: how many samples; None is the usual.
@@ -211,7 +260,7 @@ def run(
     """
     start = time.monotonic()
     plan = plan or Plan(samples=21, sample_seconds=0.005, version_seconds=30.0, least=5)
-    chosen = [s for s in choose_shapes(shapes, batch) if only is None or only in str(s)]
+    chosen = [s for s in choose_shapes(shapes, batch, attention) if only is None or only in str(s)]
     if not chosen:
         names = ", ".join(str(s) for s in decoder.SHAPES[shapes])
         raise BenchError(f"--only {only!r}: none of the shapes holds this text: {names}.")
@@ -271,6 +320,8 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
                 "–" if memory is None else f"{memory:.2f}",
             )
         console.print(table)
+        if cell.get("noise_ms") is not None:
+            console.print(f"  noise: {cell['noise_ms']:.3g} ms of it", highlight=False)
         for entry in cell["versions"]:
             if "error" in entry:
                 console.print(f"  {entry['name']}: {entry['error']}", markup=False, highlight=False)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key, PyTree
 
+from dpfa_jax.attention import dp_dot_product_attention
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderShape:
@@ -25,6 +27,8 @@ class DecoderShape:
             beside each of a block's four, and nothing else.
         accumulate: physical batches in a step.
         remat: whether blocks are computed again in the backward pass.
+        attention: ``'cudnn'``, ``'dpfa'`` (our kernels, without noise) or ``'xla'``; None is
+            the fastest that is known for the device. All versions of a step use the same.
     """
 
     name: str
@@ -38,6 +42,7 @@ class DecoderShape:
     lora_rank: int | None = None
     accumulate: int = 1
     remat: bool = False
+    attention: str | None = None
 
     def __str__(self) -> str:
         return f"{self.name}: B={self.batch}, T={self.length}, d={self.width}, {self.layers} layers"
@@ -56,6 +61,27 @@ SHAPES = {
     "cpu": (CPU,),
     "small": (SMALL, SMALL_LORA),
 }
+
+
+ATTENTION = ("cudnn", "dpfa", "xla")
+
+
+def attention_of(shape: DecoderShape) -> str:
+    """Which attention the decoder uses: cuDNN's on NVIDIA GPUs, which has 16-bit floats only."""
+    if shape.attention is not None:
+        return shape.attention
+    on_gpu = jax.default_backend() == "gpu" and jnp.dtype(shape.dtype).itemsize == 2
+    return "cudnn" if on_gpu else "xla"
+
+
+def _attend(name: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal attention of one example: [T, N, H]. Under ``vmap`` the batch is folded in."""
+    if name == "dpfa":
+        made = dp_dot_product_attention(q[None], k[None], v[None], is_causal=True)
+        return made[0]
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, implementation="cudnn" if name == "cudnn" else "xla"
+    )
 
 
 def init(shape: DecoderShape, key: Key[Array, ""]) -> PyTree:
@@ -102,7 +128,7 @@ def loss(
 
     JAX's own attention needs its standard dtype promotion.
     """
-    dtype = jnp.dtype(shape.dtype)
+    dtype, attention = jnp.dtype(shape.dtype), attention_of(shape)
 
     def norm(p: PyTree, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
@@ -120,7 +146,7 @@ def loss(
         more = dict.fromkeys(("qkv", "out", "up", "down")) if extra is None else extra
         heads = dense(p["qkv"], more["qkv"], norm(p["norm_1"], x))
         q, k, v = jnp.split(heads.reshape(len(x), 3 * shape.heads, -1), 3, axis=1)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        y = _attend(attention, q, k, v)
         x = x + dense(p["out"], more["out"], y.reshape(x.shape))
         y = jax.nn.gelu(dense(p["up"], more["up"], norm(p["norm_2"], x)))
         return x + dense(p["down"], more["down"], y)
@@ -128,9 +154,12 @@ def loss(
     if shape.remat:
         block = jax.checkpoint(block)
     inputs, targets = tokens[:-1], tokens[1:]
-    x = (base["tokens"][inputs] + base["positions"]).astype(dtype)
+    table = base["tokens"].astype(dtype)
+    x = table[inputs] + base["positions"].astype(dtype)
     for i, p in enumerate(base["blocks"]):
         x = block(p, None if lora is None else lora[i], x)
-    logits = (norm(base["norm"], x) @ base["tokens"].T.astype(dtype)).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    logits = (norm(base["norm"], x) @ table.T).astype(jnp.float32)
+    # Not an indexed read: its gradient would be a scatter into all logits in float32.
+    chosen = jnp.arange(shape.vocabulary) == targets[:, None]
+    picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=1)
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - picked)

@@ -56,7 +56,8 @@ class ClippedGrad:
 
         Args:
             *args: the loss's positional arguments, batched where ``batch_argnums`` says.
-            is_padding_example: bool[batch]; True rows contribute exactly zero.
+            is_padding_example: bool[batch]; True rows contribute exactly zero. A microbatch of
+                such rows alone is skipped, so put them last; their aux means nothing.
 
         Returns:
             A float32 tree like the arguments in ``argnums``: Σ_b min(1, C/‖g_b‖) g_b. Frozen
@@ -89,10 +90,11 @@ class ClippedGrad:
         if self.verify:
             check_against_single_calls(split, run, self._clip(split))
         sums, (aux, norms) = in_microbatches(
-            lambda batch, padding: run(batch, padding, clip),
+            lambda batch, padding, start: run(batch, padding, clip, start),
             split.batch,
             padding,
             self.microbatch_size,
+            skip=is_padding_example is not None,
         )
         norms = jnp.where(padding, jnp.nan, norms)
         return split.unflatten(sums), split.unflatten_aux(aux), norms
@@ -140,7 +142,7 @@ class ClippedGrad:
         return *explain.choose(plan, self._together(split), groups, memory), plan
 
     def _engine(self, split: Arguments) -> Callable[..., tuple[list[Array], Any]]:
-        """``(batch, padding, clip) -> (sums, (aux, norms))`` of the engine that runs."""
+        """``(batch, padding, clip, start) -> (sums, (aux, norms))`` of the engine that runs."""
         if self.engine == "vmap":
             split.checked_jaxpr()
             return functools.partial(vmap.clipped_sum, split.loss, split.leaves)

@@ -22,7 +22,7 @@ from dpfa_jax.clipping.plan import Plan, layouts
 from dpfa_jax.clipping.recognise import Site
 from dpfa_jax.clipping.replay import Readings, read
 from dpfa_jax.clipping.sites import Block, Factor, factors, merged, squared_norms, weighted_sum
-from dpfa_jax.clipping.tree import Clip, squared_norm, weighted_leaf
+from dpfa_jax.clipping.tree import Clip, onto, squared_norm, weighted_leaf
 
 Sums = list[jax.Array]
 # Of each example: the auxiliary outputs, and the norm before clipping.
@@ -76,17 +76,26 @@ def _short_margin(plan: Plan, clip: Clip) -> Clip:
 
 
 def bookkeeping(
-    plan: Plan, leaves: Sequence[Any], batch: list[Any], padding: jax.Array, clip: Clip
+    plan: Plan,
+    leaves: Sequence[Any],
+    batch: list[Any],
+    padding: jax.Array,
+    clip: Clip,
+    start: Sums | None = None,
 ) -> tuple[Sums, Outputs]:
     """One backward pass; activations and cotangents are kept until the norms are known.
 
+    What is returned is ``start`` plus the clipped sum.
     With one group a leaf (``per_layer``), nothing has to be kept beyond its layer.
     """
     sites = _sites(plan, plan.of_form("gram"))
     clip = _short_margin(plan, clip)
     readings = read(plan.trace, sites, plan.of_form("materialised"), leaves, batch)
+    # What is kept is what is measured: the norm is that of the rounded gradient.
+    kept_as = {leaf: plan.leaves[leaf].dtype or g.dtype for leaf, g in readings.gradients.items()}
+    gradients = {leaf: g.astype(kept_as[leaf]) for leaf, g in readings.gradients.items()}
     groups = _groups(plan, sites, readings)
-    squares = _squares(plan, groups, readings.gradients, padding.size)
+    squares = _squares(plan, groups, gradients, padding.size)
     weights, keep, norms = clip.factors(squares, padding)
 
     def total(groups: Sequence[_Group], gradients: dict[int, jax.Array], kept: Any) -> Sums:
@@ -98,17 +107,18 @@ def bookkeeping(
             blocks = group.blocks if kept is None else _without(group.blocks, kept)
             more = weighted_sum(group.site, blocks, weights[clip.groups[group.leaf]])
             sums[group.leaf] = sums[group.leaf] + more if group.leaf in sums else more
-        return [
+        full = [
             sums[i] if i in sums else jnp.zeros(jnp.shape(leaves[i]), jnp.float32)
             for i in range(plan.trace.leaves)
         ]
+        return onto(start, full)
 
     # An example that is not finite must be replaced by zeros: a pass over everything that
     # was read, so only where there is one. A finite norm means finite readings.
     sums = jax.lax.cond(
         jnp.all(jnp.isfinite(sum(squares[1:], squares[0]))),
-        lambda: total(groups, readings.gradients, None),
-        lambda: total(groups, readings.gradients, keep),
+        lambda: total(groups, gradients, None),
+        lambda: total(groups, gradients, keep),
     )
     return sums, (readings.aux, norms)
 
@@ -122,7 +132,12 @@ def _without(blocks: Sequence[Block], keep: jax.Array) -> list[Block]:
 
 
 def two_pass(
-    plan: Plan, leaves: Sequence[Any], batch: list[Any], padding: jax.Array, clip: Clip
+    plan: Plan,
+    leaves: Sequence[Any],
+    batch: list[Any],
+    padding: jax.Array,
+    clip: Clip,
+    start: Sums | None = None,
 ) -> tuple[Sums, Outputs]:
     """Norms first; then a second pass over the losses, each times its factor."""
     clip = _short_margin(plan, clip)
@@ -145,7 +160,8 @@ def two_pass(
         more = weighted_sum(group.site, group.blocks, None)
         sums[group.leaf] = sums[group.leaf] + more if group.leaf in sums else more
     some = jnp.any(keep)
-    return [
+    full = [
         jnp.where(some, sums[i], 0.0) if i in sums else jnp.zeros(jnp.shape(leaves[i]), jnp.float32)
         for i in range(plan.trace.leaves)
-    ], (readings.aux, norms)
+    ]
+    return onto(start, full), (readings.aux, norms)

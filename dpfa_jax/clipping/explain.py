@@ -34,14 +34,14 @@ class Explanation:
         return self.examples * sum(p.held_bytes for p in self.leaves)
 
     @property
-    def extra_multiply_adds(self) -> float:
-        """Predicted cost beyond a gradient without clipping."""
-        return self.examples * sum(p.extra_multiply_adds for p in self.leaves)
+    def extra_seconds(self) -> float:
+        """Predicted time beyond a gradient without clipping."""
+        return self.examples * sum(p.extra_seconds for p in self.leaves)
 
     def __str__(self) -> str:
         lines = [
             f"engine {self.engine}: {self.why}",
-            f"{self.extra_multiply_adds:.3g} multiply-adds beyond a gradient without clipping, "
+            f"predicted: {1e3 * self.extra_seconds:.3g} ms beyond a gradient without clipping, "
             f"{self.held_bytes / 2**20:.1f} MiB held, {self.examples} examples together",
         ]
         width = max((len(n) for n in self.names), default=0)

@@ -21,12 +21,14 @@ from jaxtyping import Array, Float32
 
 from dpfa_jax.clipping.recognise import Axes, Site
 from dpfa_jax.clipping.views import to_leaf
+from pallas_kernels.grad_norm import Norms, grad_norm_with_rows, norms_with_rows
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Gram matrices are rounded: relative to Σ_t |l_t||r_t|, which cancellation may leave far
 # above ‖P‖, the square of the norm is off by about 2⁻²³. It is raised by this share of it,
 # so that rounding clips more and never less.
 _ROUNDING = 2.0**-20
+_KERNEL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # And by this for squares that vanish below float32's normal range.
 _TINY = 2.0**-126
 
@@ -125,29 +127,54 @@ def merged(blocks: Sequence[Block]) -> list[Block]:
 def squared_norms(blocks: Sequence[Block]) -> Float32[Array, "n"]:
     """‖P_n‖² of each example, not below its true value by more than rounding's allowance.
 
+    The Gram matrices of one site with itself, where both sides are dense, are those of
+    :mod:`pallas_kernels.grad_norm`: on GPUs and TPUs a kernel that writes no matrix.
+
     Args:
         blocks: those of all sites of one leaf, all of one layout.
     """
-    total: jax.Array | None = None
-    outer = tiny = jnp.float32(0.0)
+    parts = [_own(*block) for block in blocks]
+    total = sum((p.squared for p in parts[1:]), parts[0].squared)
     for i, first in enumerate(blocks):
-        for j, second in enumerate(blocks[i:], i):
-            left, right = (_gram(a, b) for a, b in zip(first, second, strict=True))
-            part = jnp.sum(left * right, axis=(1, 2, 3))
-            part = part if i == j else 2.0 * part
-            total = part if total is None else total + part
-            if i == j:
-                on_left, on_right = (jnp.diagonal(g, axis1=2, axis2=3) for g in (left, right))
-                outer = outer + jnp.sum(
-                    jnp.sqrt(jnp.maximum(on_left, 0.0) * jnp.maximum(on_right, 0.0)), axis=(1, 2)
-                )
-                rows = on_left.shape[2]
-                tiny = tiny + rows * (
-                    first[1].width * jnp.sum(on_left, axis=(1, 2))
-                    + first[0].width * jnp.sum(on_right, axis=(1, 2))
-                )
-    assert total is not None
-    return jnp.maximum(total, 0.0) + _ROUNDING * outer * outer + _TINY * tiny
+        for second in blocks[i + 1 :]:
+            left, right = (_gram(x, y) for x, y in zip(first, second, strict=True))
+            total = total + 2.0 * jnp.sum(left * right, axis=(1, 2, 3))
+    outer = sum((p.spread for p in parts[1:]), parts[0].spread)
+    tiny = jnp.float32(0.0)
+    for (a, b), part in zip(blocks, parts, strict=True):
+        tiny = tiny + a.rows.shape[2] * (b.width * part.x_squared + a.width * part.g_squared)
+    total = jnp.maximum(total, 0.0) * jnp.float32(1.0 + _truncation(blocks))
+    return total + _ROUNDING * outer * outer + _TINY * tiny
+
+
+def _own(left: Factor, right: Factor) -> Norms:
+    """The terms of a block with itself; each of [n]."""
+    dense = not (left.is_index or right.is_index)
+    if dense and left.rows.dtype == right.rows.dtype and left.rows.dtype in _KERNEL_DTYPES:
+        folded = (x.rows.reshape(-1, *x.rows.shape[2:]) for x in (left, right))
+        norms = grad_norm_with_rows(*folded)
+        stacked = (left.rows.shape[0], -1)
+        return Norms(*(jnp.sum(x.reshape(stacked), axis=1) for x in norms))
+    grams = [_gram(x, x) for x in (left, right)]
+    squared = jnp.sum(grams[0] * grams[1], axis=(1, 2, 3))
+    on_left, on_right = (jnp.diagonal(g, axis1=2, axis2=3).reshape(squared.size, -1) for g in grams)
+    return norms_with_rows(squared, on_left, on_right)
+
+
+def _truncation(blocks: Sequence[Block]) -> float:
+    """The share of a norm's square that matrix units may cut off.
+
+    They multiply 16-bit floats exactly and add 16 products to a float32 sum at a time, cut
+    and not rounded: each time up to 2⁻²³ of the sum is lost, always downwards.
+    """
+    if jax.default_backend() == "cpu":
+        return 0.0
+    short = [
+        a.width + b.width
+        for a, b in blocks
+        if b.rows.dtype.itemsize < 4 or a.rows.dtype.itemsize < 4
+    ]
+    return max(short, default=0) / 16 * 2.0**-23
 
 
 def _gram(a: Factor, b: Factor) -> Float32[Array, "n s t u"]:

@@ -110,6 +110,11 @@ def weighted_leaf(
     return jnp.einsum("b,b...->...", factor, rows, precision=jax.lax.Precision.HIGHEST)
 
 
+def onto(start: Sequence[Array] | None, sums: Sequence[Array]) -> list[Array]:
+    """``start`` + ``sums``, where there is a start."""
+    return list(sums) if start is None else [a + b for a, b in zip(start, sums, strict=True)]
+
+
 def clip_and_sum(
     grads: PyTree[Array], clip: Clip | float, is_padding_example: Bool[Array, "b"] | None
 ) -> PyTree[Array]:

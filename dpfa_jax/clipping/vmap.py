@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from dpfa_jax.clipping.tree import Clip, clip_and_sum_with_norms
+from dpfa_jax.clipping.tree import Clip, clip_and_sum_with_norms, onto
 
 
 def per_example_gradients(
@@ -40,8 +40,9 @@ def clipped_sum(
     batch: list[Any],
     padding: jax.Array,
     clip: Clip,
+    start: Sequence[jax.Array] | None = None,
 ) -> tuple[list[jax.Array], tuple[list[jax.Array], jax.Array]]:
-    """Σ clip(∇); and of each example, the auxiliary outputs and the norm."""
+    """``start`` + Σ clip(∇); and of each example, the auxiliary outputs and the norm."""
     grads, aux = per_example_gradients(loss, leaves, batch)
     sums, norms = clip_and_sum_with_norms(grads, clip, padding)
-    return sums, (aux, norms)
+    return onto(start, sums), (aux, norms)

@@ -5,11 +5,14 @@ from dpfa_jax.mechanisms.attention import (
     record_sensitivity,
     sequence_sensitivity,
 )
+from dpfa_jax.mechanisms.correlated import check_correlation, correlated_sensitivity
 from dpfa_jax.mechanisms.gradient import adjacency_factor, gradient_sensitivity
 
 __all__ = [
     "RecordSensitivity",
     "adjacency_factor",
+    "check_correlation",
+    "correlated_sensitivity",
     "gradient_sensitivity",
     "record_sensitivity",
     "sequence_sensitivity",

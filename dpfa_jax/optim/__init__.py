@@ -9,6 +9,7 @@ from dpfa_jax.optim.noise import (
     with_fresh_key,
     without_keys,
 )
+from dpfa_jax.optim.privatizer import privatizer_noise
 
 __all__ = [
     "DPNoiseState",
@@ -16,6 +17,7 @@ __all__ = [
     "dp_adamw",
     "dp_aggregate",
     "noise_std",
+    "privatizer_noise",
     "scale_by_dp_adam",
     "with_fresh_key",
     "without_keys",

@@ -9,6 +9,7 @@ divisor is a public constant, never the actual batch size.
 import hashlib
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jaxtyping import Array, Key, PyTree, UInt32
 
 from dpfa_jax import keys
 from dpfa_jax.clipping.tree import check_clip_norm, clip_and_sum
-from dpfa_jax.mechanisms import gradient_sensitivity
+from dpfa_jax.mechanisms import check_correlation, gradient_sensitivity
 from pallas_kernels import prng
 
 # Noisy sums are rounded to a multiple of a power of two near σ·2⁻¹⁰: the last digits of an
@@ -73,6 +74,7 @@ def add_noise(
     rng: Key[Array, ""] | keys.SecureKey,
     *,
     adjacency: str = "add_remove",
+    correlation: float = 0.0,
 ) -> optax.GradientTransformation:
     """Optax: a clipped **sum** in (:func:`dpfa_jax.clipped_grad`), a private mean out.
 
@@ -84,12 +86,19 @@ def add_noise(
     noisy sum is rounded to a public grid and divided by the public batch size. Updates
     leave in the dtype they came in.
 
+    With ``correlation`` λ > 0, step t adds σ (g_t − λ g_{t−1}): a part of the noise before is
+    made again from its counters, and cancelled; no copy of it is kept. Sums over steps, which
+    is what training follows, are then less noisy by 1 − λ. The steps are no independent
+    releases any more: all of a run together are one
+    :func:`dpfa_jax.accounting.correlated_noise_event`, and no step has an event of its own.
+
     Args:
         l2_clip_norm: C, the clip norm of the sum's terms.
         noise_multiplier: z; 0 adds no noise (and protects nothing).
         expected_batch_size: the public divisor.
         rng: a key for this transformation alone. There is no default; a second use raises.
         adjacency: ``'add_remove'`` or ``'replace_one'``.
+        correlation: λ, from 0 to below 1.
 
     Raises:
         ValueError: for a missing or unsuited key, or a number that is not allowed.
@@ -103,7 +112,8 @@ def add_noise(
         1
     """
     std = noise_std(l2_clip_norm, noise_multiplier, expected_batch_size, adjacency)
-    sum_std = std * expected_batch_size * _ROUNDING
+    sum_std = inflated_sum_std(std, expected_batch_size)
+    check_correlation(correlation)
     key = keys.take_key(rng)
 
     def init(params: PyTree) -> DPNoiseState:
@@ -114,28 +124,55 @@ def add_noise(
         updates: PyTree, state: DPNoiseState, params: PyTree | None = None
     ) -> tuple[PyTree, DPNoiseState]:
         del params
-        step_key = jax.random.fold_in(state.key, state.step)
-        noisy = _add(updates, jax.random.key_data(step_key), sum_std)
-        mean = jax.tree.map(
-            lambda x, u: (x / jnp.float32(expected_batch_size)).astype(u.dtype), noisy, updates
-        )
+        drawn = [(_step_words(state.key, state.step), jnp.float32(1.0))]
+        if correlation:
+            weight = jnp.where(state.step > 0, jnp.float32(-correlation), 0.0)
+            drawn.append((_step_words(state.key, state.step - jnp.uint32(1)), weight))
+        mean = _release(updates, drawn, sum_std, expected_batch_size)
         return mean, DPNoiseState(state.step + jnp.uint32(1), state.key)
 
     return optax.GradientTransformation(init, update)
 
 
-def _add(updates: PyTree, step_key: jax.Array, std: float) -> PyTree:
+def inflated_sum_std(std: float, expected_batch_size: float) -> float:
+    """The noise on the sum, from that on the mean: larger than asked, for the sum's rounding."""
+    return std * expected_batch_size * _ROUNDING
+
+
+def grid_spacing(sum_std: float) -> float:
+    """The public grid of the noisy sum: a power of two."""
+    return float(2.0 ** (math.floor(math.log2(sum_std)) - _GRID))
+
+
+def _step_words(key: jax.Array, step: jax.Array) -> jax.Array:
+    """The words of the key that all leaves' noise of a step comes from."""
+    return prng.derive_key(jax.random.key_data(jax.random.fold_in(key, step)), keys.GRADIENT)
+
+
+def _release(
+    updates: PyTree, drawn: Sequence[tuple[jax.Array, jax.Array]], std: float, divisor: float
+) -> PyTree:
+    """(updates + std Σ weight · noise, rounded to the grid) / divisor.
+
+    The noise is written once and read once, by whatever reads the gradient next.
+    """
     leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
-    spacing = 2.0 ** (math.floor(math.log2(std)) - _GRID) if std else 0.0
-    stream = prng.derive_key(step_key, keys.GRADIENT)
-    noisy = []
-    for path, leaf in leaves:
-        x = leaf.astype(jnp.float32)
-        if std:
-            g = prng.normal_stream(stream, leaf.size, _leaf_nonce(path)).reshape(leaf.shape)
-            x = jnp.round((x + jnp.float32(std) * g) / spacing) * spacing
-        noisy.append(x)
-    return jax.tree.unflatten(structure, noisy)
+    if not std:
+        mean = [(x.astype(jnp.float32) / jnp.float32(divisor)).astype(x.dtype) for _, x in leaves]
+        return jax.tree.unflatten(structure, mean)
+    spacing = grid_spacing(std)
+    streams = [(x.size, _leaf_nonce(path)) for path, x in leaves]
+    made = [(prng.normal_streams(words, streams), weight) for words, weight in drawn]
+    released = []
+    for n, (_, x) in enumerate(leaves):
+        (first, _), *others = made
+        g = first[n]
+        for noise, weight in others:
+            g = g + weight * noise[n]
+        noisy = x.astype(jnp.float32) + jnp.float32(std) * g.reshape(x.shape)
+        rounded = jnp.round(noisy / spacing) * spacing
+        released.append((rounded / jnp.float32(divisor)).astype(x.dtype))
+    return jax.tree.unflatten(structure, released)
 
 
 def _leaf_nonce(path: tuple[Any, ...]) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.attention import tile
 from pallas_kernels.attention.spec import AttentionSpec
+from pallas_kernels.rounding import round_half_even
 
 LOG2_E = 1.4426950408889634
 
@@ -75,17 +76,6 @@ def bounded_weights(logits: jax.Array, bound: jax.Array, seen: jax.Array) -> jax
     # sensitivity counts on.
     weights = jnp.minimum(jnp.exp2(logits - bound), 1.0)
     return jnp.where(seen & ~jnp.isnan(logits), weights, 0.0)
-
-
-def round_half_even(x: jax.Array) -> jax.Array:
-    """``jnp.round``, which Triton lacks."""
-    # Not (x + 2²³) − 2²³: some versions of XLA, which interprets the kernels in tests,
-    # simplify that to x.
-    below = jnp.floor(x)
-    rest = x - below
-    is_odd = below - 2.0 * jnp.floor(below * 0.5) == 1.0
-    up = (rest > 0.5) | ((rest == 0.5) & is_odd)
-    return below + jnp.where(up, 1.0, 0.0)
 
 
 def round_to_grid(x: jax.Array, spacing: float) -> jax.Array:

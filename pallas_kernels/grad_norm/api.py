@@ -12,7 +12,7 @@ from pallas_kernels import batching
 from pallas_kernels.devices import PLATFORMS
 from pallas_kernels.devices import wrong_device as _wrong_device
 from pallas_kernels.grad_norm import common, reference, xla
-from pallas_kernels.grad_norm.common import FORMS, Form
+from pallas_kernels.grad_norm.common import FORMS, Form, Norms
 
 Implementation = Literal["mosaic_gpu", "triton", "mosaic_tpu", "xla", "reference"]
 
@@ -130,6 +130,51 @@ def grad_norm_squared(
         return _PLAIN[name](x, g, form)
     run = batching.folded(_module(name), "grad_norm_squared", form, interpret=interpret)
     return run(x, g)  # type: ignore[no-any-return]
+
+
+def grad_norm_with_rows(
+    x: Float[Array, "B T P"],
+    g: Float[Array, "B T Q"],
+    *,
+    implementation: Implementation | None = None,
+    form: Form | None = None,
+    interpret: bool = False,
+) -> Norms:
+    """:func:`grad_norm_squared`, and what its rounding is relative to.
+
+    Where an implementation has the Gram matrices' diagonals at hand, the rest costs nothing;
+    elsewhere it is a pass over both operands.
+
+    Args:
+        x: as for :func:`grad_norm_squared`, like all other arguments.
+        g: likewise.
+        implementation: likewise.
+        form: likewise.
+        interpret: likewise.
+
+    Returns:
+        :class:`Norms`, each float32 [B].
+
+    Raises:
+        ValueError: for shapes, dtypes or names that do not fit.
+
+    Example:
+        >>> x = jnp.asarray([[[3.0, 4.0], [0.0, 1.0]]])
+        >>> g = jnp.asarray([[[1.0], [-2.0]]])
+        >>> [float(v[0]) for v in grad_norm_with_rows(x, g)]  # xᵀg = (3, 2)
+        [13.0, 7.0, 26.0, 5.0]
+    """
+    _check_operands(x, g, form)
+    form = form or common.best_form(x.shape[1], x.shape[2], g.shape[2])
+    _check_implementation(x, g, form, implementation, interpret)
+    name: Any = implementation or next(n for n, no in explain(x, g, form=form) if no is None)
+    if form == "gram" and name == "xla":
+        return xla.gram_with_rows(x, g)
+    if form == "gram" and name == "mosaic_gpu":
+        run = batching.folded(_module(name), "gram_with_rows", interpret=interpret)
+        return run(x, g)  # type: ignore[no-any-return]
+    squared = grad_norm_squared(x, g, implementation=name, form=form, interpret=interpret)
+    return common.norms_with_rows(squared, *(common.row_squares(y) for y in (x, g)))
 
 
 def _check_operands(x: Any, g: Any, form: str | None) -> None:

@@ -1,7 +1,7 @@
 """What all implementations share: the choice of the form, products, sums, the rounding bound."""
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,36 @@ def pair(index: jax.Array, tiles: int) -> tuple[jax.Array, jax.Array]:
         jnp.where(inside, row, tiles - 1 - row),
         jnp.where(inside, column, column - row - 1),
     )
+
+
+class Norms(NamedTuple):
+    """Of each example, float32 [B], all at least 0.
+
+    Attributes:
+        squared: ‖xᵀg‖².
+        spread: Σ_t ‖x_t‖‖g_t‖, the norm if nothing cancelled.
+        x_squared: Σ_t ‖x_t‖².
+        g_squared: Σ_t ‖g_t‖².
+    """
+
+    squared: Float32[Array, "B"]
+    spread: Float32[Array, "B"]
+    x_squared: Float32[Array, "B"]
+    g_squared: Float32[Array, "B"]
+
+
+def norms_with_rows(
+    squared: Float32[Array, "B"], x_rows: Float32[Array, "B T"], g_rows: Float32[Array, "B T"]
+) -> Norms:
+    """:class:`Norms` from the squared norms of the rows."""
+    x_rows, g_rows = (jnp.maximum(y, 0.0) for y in (x_rows, g_rows))
+    spread = total(jnp.sqrt(x_rows) * jnp.sqrt(g_rows))
+    return Norms(squared, spread, total(x_rows), total(g_rows))
+
+
+def row_squares(x: Float[Array, "B T P"]) -> Float32[Array, "B T"]:
+    """The squared norms of the rows."""
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=2)
 
 
 # Roundings, see upper_bound. The unit of a matrix product is four times float32's unit

@@ -12,7 +12,7 @@ What lies beyond an array comes as zeros, whose products are zero.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,17 +74,41 @@ def grad_norm_squared(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float32[Array, "B"]:
-    """See :func:`pallas_kernels.grad_norm.grad_norm_squared`, whose checks have passed.
+    """See :func:`pallas_kernels.grad_norm.grad_norm_squared`, whose checks have passed."""
+    return _run(x, g, form, False, blocks, interpret).squared
+
+
+def gram_with_rows(
+    x: Float[Array, "B T P"],
+    g: Float[Array, "B T Q"],
+    *,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> common.Norms:
+    """The Gram form, and what the matrices' diagonals tell of the rows, in one pass."""
+    return _run(x, g, "gram", True, blocks, interpret)
+
+
+def _run(
+    x: jax.Array,
+    g: jax.Array,
+    form: common.Form,
+    rows: bool,
+    blocks: Blocks | None,
+    interpret: bool,
+) -> common.Norms:
+    """The squared norms; those of the operands' rows where ``rows`` says so, else zeros.
 
     Where T is no multiple of 8, or P or Q none of 64, the sizes of the pieces in which the copy
     engine lays a tile out, a padded copy is made.
     """
     blocks = blocks or Blocks()
     x, g = (common.pad(common.pad(y, 1, 8), 2, 64) for y in (x, g))
-    tiles = _tiles(x, g, form)
+    tiles, outputs = _tiles(x, g, form), 3 if rows else 1
     jobs = x.shape[0] * tiles
     if form == "gram":
-        body, stages, across = _gram_kernel, blocks.gram_stages, pl.cdiv(x.shape[1], _ROWS)
+        body: Any = functools.partial(_gram_kernel, rows)
+        stages, across = blocks.gram_stages, pl.cdiv(x.shape[1], _ROWS)
         slots: Any = plgpu.SMEM((stages, 2, _ROWS, _STEP), x.dtype, transforms=_LAYOUT)
     else:
         body, stages, across = _direct_kernel, blocks.direct_stages, pl.cdiv(g.shape[2], 2 * _ROWS)
@@ -94,10 +118,10 @@ def grad_norm_squared(
     grid = min(jobs, blocks.thread_blocks or devices.multiprocessors())
     parts = plgpu.kernel(
         functools.partial(body, _Jobs(jobs, grid, tiles, across, stages)),
-        out_type=jax.ShapeDtypeStruct((jobs, _ROWS), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((outputs, jobs, _ROWS), jnp.float32),
         scratch_types={
             "slots": slots,
-            "line": plgpu.SMEM((2, _HALF), jnp.float32),
+            "line": plgpu.SMEM((outputs, 2, _HALF), jnp.float32),
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         },
@@ -108,8 +132,12 @@ def grad_norm_squared(
         kernel_name=f"grad_norm_{form}",
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(x, g)
-    norms = common.total(parts.reshape(x.shape[0], -1))
-    return jnp.maximum(norms, 0.0) if form == "gram" else norms
+    squared = common.total(parts[0].reshape(x.shape[0], -1))
+    squared = jnp.maximum(squared, 0.0) if form == "gram" else squared
+    if not rows:
+        return common.Norms(squared, *[jnp.zeros_like(squared)] * 3)
+    x_rows, g_rows = (part.reshape(x.shape[0], -1) for part in parts[1:])
+    return common.norms_with_rows(squared, x_rows, g_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,13 +209,18 @@ class _Jobs:
         return first + steps
 
 
-def _write(squares: jax.Array, line: Any, out_ref: Any, job: jax.Array, wg: jax.Array) -> None:
-    """The sums of a half tile's rows go to the job's place."""
-    sums = jnp.sum(squares, axis=1)
+def _write(
+    parts: Sequence[jax.Array], line: Any, out_ref: Any, job: jax.Array, wg: jax.Array
+) -> None:
+    """The sums of each half tile's rows go to the job's places."""
+    sums = [jnp.sum(part, axis=1) for part in parts]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the job before this one
-    line[wg] = sums
+    for n, x in enumerate(sums):
+        line[n, wg] = x
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(line.at[wg], out_ref.at[job, pl.ds(wg * _HALF, _HALF)])
+    for n in range(len(sums)):
+        to = out_ref.at[n, job, pl.ds(wg * _HALF, _HALF)]
+        plgpu.copy_smem_to_gmem(line.at[n, wg], to)
 
 
 def _direct_kernel(
@@ -220,7 +253,7 @@ def _direct_kernel(
 
             shape = (_HALF, 2 * _ROWS)
             weight = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-            _write(weight * weight, line, out_ref, job, wg)
+            _write([weight * weight], line, out_ref, job, wg)
             return first + steps
 
         jobs.walk(do)
@@ -247,6 +280,7 @@ def _direct_kernel(
 
 
 def _gram_kernel(
+    rows: bool,
     jobs: _Jobs,
     x_ref: Any,
     g_ref: Any,
@@ -269,20 +303,28 @@ def _gram_kernel(
             side = jnp.where(i == j, 0, 1)
 
             def multiply(gram: Any, slot: jax.Array) -> None:
-                rows = slots.at[slot, 0, pl.ds(wg * _HALF, _HALF)]
-                plgpu.wgmma(gram, rows, slots.at[slot, side].transpose((1, 0)))
+                mine = slots.at[slot, 0, pl.ds(wg * _HALF, _HALF)]
+                plgpu.wgmma(gram, mine, slots.at[slot, side].transpose((1, 0)))
 
-            def accumulate(x_gram: Any, g_gram: Any) -> jax.Array:
+            def accumulate(x_gram: Any, g_gram: Any) -> tuple[jax.Array, jax.Array]:
                 middle = jobs.products(
                     full, free, steps[0], first, functools.partial(multiply, x_gram)
                 )
                 jobs.products(full, free, steps[1], middle, functools.partial(multiply, g_gram))
-                return x_gram[...] * g_gram[...]
+                return x_gram[...], g_gram[...]
 
             gram = plgpu.WGMMAAccumulatorRef((_HALF, _ROWS), jnp.float32)
-            products = pl.run_scoped(accumulate, gram, gram)
-            products = products * jnp.where(i == j, 1.0, 2.0)
-            _write(products, line, out_ref, job, wg)
+            grams = pl.run_scoped(accumulate, gram, gram)
+            parts = [grams[0] * grams[1] * jnp.where(i == j, 1.0, 2.0)]
+            if rows:
+                row, column = (
+                    plgpu.broadcasted_iota(jnp.int32, (_HALF, _ROWS), n, layout=plgpu.Layout.WGMMA)
+                    for n in (0, 1)
+                )
+                # On a diagonal tile; elsewhere no column has this number.
+                own = row + jnp.where(i == j, wg * _HALF, _ROWS) == column
+                parts += [jnp.where(own, x, 0.0) for x in grams]
+            _write(parts, line, out_ref, job, wg)
             return first + sum(steps)
 
         jobs.walk(do)

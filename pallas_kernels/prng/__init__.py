@@ -9,6 +9,7 @@ from pallas_kernels.prng.chacha import (
     stream_words,
 )
 from pallas_kernels.prng.normal import blocks_of_tile, box_muller, normal_stream, normal_tile
+from pallas_kernels.prng.streams import normal_streams
 
 __all__ = [
     "ROUNDS",
@@ -18,6 +19,7 @@ __all__ = [
     "chacha_block",
     "derive_key",
     "normal_stream",
+    "normal_streams",
     "normal_tile",
     "random_block",
     "stream_words",

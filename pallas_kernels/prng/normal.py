@@ -16,12 +16,16 @@ so that a fused kernel can make its noise in place; any other kernel only has to
 number its columns the same way.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt32
 
-from pallas_kernels.prng.chacha import Rounds, chacha_block, stream_words
+from pallas_kernels.prng.chacha import Rounds, chacha_block
 
+_LANES = 128
+STREAM_TILE = 10 * _LANES
 _TWO_PI_OVER_2_24 = 2.0 * 3.14159265358979323846 / 2.0**24
 
 
@@ -58,19 +62,37 @@ def box_muller(
 def normal_stream(
     key_words: UInt32[Array, "8"], size: int, nonce: tuple[int, int, int] = (0, 0, 0)
 ) -> Float32[Array, "size"]:
-    """``size`` standard normals in a row; element i comes from block ⌊i/10⌋.
+    """``size`` standard normals in a row, in tiles of 10 · 128.
 
-    Words 3p, 3p + 1 and 3p + 2 of a block (radius, angle, extra radius bits) make its
-    Gaussians 2p and 2p + 1; word 15 is not used.
+    Tile t is made from the blocks 128t to 128t + 127: its element 128k + c is Gaussian k of
+    block 128t + c. So neighbours in memory are made by neighbouring lanes of a kernel
+    (:func:`block_normals` says which words become which Gaussian).
 
     Args:
         key_words: uint32[8], a key derived for this purpose alone.
         size: how many, at most 10·2³².
         nonce: three numbers below 2³² that name the stream.
     """
-    words = stream_words(key_words, -(-size // 10), nonce)[:, :15].reshape(-1, 5, 3)
-    pair = box_muller(words[..., 0], words[..., 1], words[..., 2])
-    return jnp.stack(pair, axis=-1).reshape(-1)[:size]
+    tiles = -(-size // STREAM_TILE)
+    # A single tile's first row may be all that is needed.
+    lanes = min(size, _LANES) if tiles == 1 else _LANES
+    blocks = jnp.arange(tiles * lanes, dtype=jnp.uint32)
+    first, second, third = (jnp.uint32(n) for n in nonce)
+    gaussians = block_normals(chacha_block(key_words, (blocks, first, second, third)))
+    rows = [g.reshape(tiles, lanes) for g in gaussians]
+    return jnp.stack(rows, axis=1).reshape(-1)[:size]
+
+
+def block_normals(words: Sequence[UInt32[Array, "*s"]]) -> list[Float32[Array, "*s"]]:
+    """Ten standard normals from a block's sixteen words.
+
+    Words 3p, 3p + 1 and 3p + 2 (radius, angle, extra radius bits) make the Gaussians 2p and
+    2p + 1; word 15 is not used.
+    """
+    gaussians: list[jax.Array] = []
+    for p in range(0, 15, 3):
+        gaussians.extend(box_muller(words[p], words[p + 1], words[p + 2]))
+    return gaussians
 
 
 def blocks_of_tile(columns: int) -> int:

@@ -86,13 +86,15 @@ def box_muller(radius_word, angle_word, extra_word=None):
 
 
 def stream(key, size, nonce):
-    """``size`` normals: each block's words by threes, the last word left over."""
+    """``size`` normals, an element at a time: tiles of ten rows of 128, a block a column."""
     out = []
-    for counter in range(-(-size // 10)):
-        block_words = np.array(words(key, (counter, *nonce)), np.uint64)
-        for p in range(5):
-            out.extend(box_muller(*block_words[3 * p : 3 * p + 3]))
-    return np.array(out[:size])
+    for i in range(size):
+        tile, place = divmod(i, 1280)
+        gaussian, column = divmod(place, 128)
+        p = gaussian // 2
+        block_words = np.array(words(key, (128 * tile + column, *nonce)), np.uint64)
+        out.append(box_muller(*block_words[3 * p : 3 * p + 3])[gaussian % 2])
+    return np.array(out)
 
 
 def tile(key, batch, rows, heads, columns, rounds=20):

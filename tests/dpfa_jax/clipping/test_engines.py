@@ -52,12 +52,12 @@ def assert_close(actual, wanted, tolerance):
         np.testing.assert_allclose(np.asarray(x), y, rtol=0, atol=tolerance * largest)
 
 
-FORMS = {"gram": 1e30, "materialised": 0.0}
+FORMS = {"gram": math.inf, "materialised": 0.0}
 
 
 def choose(form, monkeypatch):
     """One form for every leaf that has a choice."""
-    monkeypatch.setattr(plan, "entry_cost", lambda _: FORMS[form])
+    monkeypatch.setattr(plan, "_PREFERENCE", FORMS[form])
     monkeypatch.setattr(plan, "_MEMORY_SHARE", math.inf)
 
 
@@ -119,7 +119,8 @@ def test_what_is_recognised(name, monkeypatch):
         assert gram
 
 
-def test_leaves_of_no_known_use_are_materialised_and_say_why():
+def test_leaves_of_no_known_use_are_materialised_and_say_why(monkeypatch):
+    choose("gram", monkeypatch)
     loss, params, batch, *_ = case("unrecognised_paths")
     told = clipped_grad(loss, l2_clip_norm=1.0, engine="bookkeeping").explain(params, *batch)
     why = {n[2]: (p.form, p.why) for n, p in zip(told.names, told.leaves, strict=True)}
@@ -227,7 +228,8 @@ def test_frozen_leaves_are_constants(engine):
         np.testing.assert_allclose(total["net"][name], value, rtol=0, atol=2e-4)
 
 
-def test_auto_says_what_it_picked():
+def test_auto_says_what_it_picked(monkeypatch):
+    choose("gram", monkeypatch)
     loss, params, batch, *_ = case("tied_decoder")
     told = clipped_grad(loss, l2_clip_norm=1.0).explain(params, *batch)
     assert told.engine == "bookkeeping"
@@ -241,6 +243,7 @@ def test_auto_says_what_it_picked():
 
 
 def test_auto_takes_two_passes_where_one_would_not_fit(monkeypatch):
+    choose("gram", monkeypatch)
     loss, params, batch, singles, clip = case("tied_decoder")
     grad = clipped_grad(loss, l2_clip_norm=clip)
     held = int(grad.explain(params, *batch).held_bytes)

@@ -25,8 +25,8 @@ def check(loss, params, batch):
     rows = singles(loss, params, batch)
     norms = [math.sqrt(sum(np.sum(g**2) for g in row)) for row in rows]
     clip = min(max(float(np.median(norms)) * 1.001, 1e-6), 1e6)
-    before = plan.entry_cost
-    plan.entry_cost = lambda _: 1e30
+    before = plan._PREFERENCE
+    plan._PREFERENCE = math.inf
     try:
         grad = clipped_grad(
             loss,
@@ -37,7 +37,7 @@ def check(loss, params, batch):
         forms = [p.form for p in grad.explain(params, *batch).leaves]
         total = jax.tree.leaves(jax.jit(grad)(params, *batch))
     finally:
-        plan.entry_cost = before
+        plan._PREFERENCE = before
     factors = [min(1.0, clip / n) if n > 0 else 1.0 for n in norms]
     wanted = [
         sum(f * row[i] for f, row in zip(factors, rows, strict=True)) for i in range(len(rows[0]))

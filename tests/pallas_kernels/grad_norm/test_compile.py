@@ -41,11 +41,12 @@ def test_triton(offline, card, name, dtype, form):
     check_memory(compiled, name, form)
 
 
-@pytest.mark.parametrize("form", ["gram", "direct"])
+@pytest.mark.parametrize("form", ["gram", "direct", "rows"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_mosaic_gpu_without_spills(ptxas, name, form):
     dtype = jnp.float16 if name == "ragged" else jnp.bfloat16
     run = functools.partial(mosaic_gpu.grad_norm_squared, form=form)
+    run = mosaic_gpu.gram_with_rows if form == "rows" else run
     report = ptxas(run, *operands(name, dtype))
     assert len(report.registers) == 1  # one kernel
     assert report.spilled == 0

@@ -40,6 +40,17 @@ def test_interpreted_without_races(shape, dtype, form, stages, caplog, capfd):
     assert "RACE" not in caplog.text + "".join(capfd.readouterr())
 
 
+def test_interpreted_with_rows(caplog, capfd):
+    x, g = make((2, 200, 70, 9), "bfloat16")
+    blocks = mosaic_gpu.Blocks(gram_stages=2, thread_blocks=2)
+    got = mosaic_gpu.gram_with_rows(x, g, blocks=blocks, interpret=True)
+    np.testing.assert_allclose(got.squared, exact(x, g), rtol=1e-5)
+    a, b = (np.linalg.norm(np.asarray(y, np.float64), axis=2) for y in (x, g))
+    for part, expected in zip(got[1:], (a * b, a**2, b**2), strict=True):
+        np.testing.assert_allclose(part, np.sum(expected, axis=1), rtol=1e-5)
+    assert "RACE" not in caplog.text + "".join(capfd.readouterr())
+
+
 def test_interpreted_through_the_entry_point_and_vmap():
     x, g = make((4, 20, 5, 7), "bfloat16")
     call = functools.partial(

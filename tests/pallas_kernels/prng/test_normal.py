@@ -164,18 +164,21 @@ def test_no_correlation_between_streams_keys_and_tiles(draws, tile):
 
 def test_no_value_stands_twice_in_a_stream(draws):
     """4e6 pairs of words: a repeated block would repeat both Gaussians of a pair."""
-    pairs = draws.reshape(-1, 2)
+    tiles = draws.reshape(-1, 5, 2, 128)
+    pairs = np.ascontiguousarray(np.moveaxis(tiles, 2, 3)).reshape(-1, 2)
     # Chance repetitions need the 56 bits that a float32 pair keeps to agree: about
     # (2e6)²/2 / 2^50 of them.
     assert len(np.unique(pairs.view(np.complex128))) >= len(pairs) - 3
 
 
 def test_stream_layout(plain):
-    """Element i comes from block ⌊i/10⌋; its pair takes three words, in order."""
+    """Tiles of ten rows of 128; a pair takes three words of its column's block, in order."""
     nonce = (3, 4, 5)
-    got = np.asarray(prng.normal_stream(KEY, 47, nonce))
-    assert got.shape == (47,)
-    np.testing.assert_allclose(got, plain.stream([int(w) for w in KEY], 47, nonce), atol=1e-5)
+    for size in (47, 1500):
+        got = np.asarray(prng.normal_stream(KEY, size, nonce))
+        assert got.shape == (size,)
+        expected = plain.stream([int(w) for w in KEY], size, nonce)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("rounds", [8, 20])
@@ -207,6 +210,6 @@ def test_a_tile_depends_on_its_counters_only():
 
 
 def test_streams_of_different_length_agree():
-    lengths = jax.jit(lambda: [prng.normal_stream(KEY, n) for n in (1, 10, 333, 1000)])()
+    lengths = jax.jit(lambda: [prng.normal_stream(KEY, n) for n in (1, 10, 333, 3000)])()
     for part in lengths[:-1]:
         np.testing.assert_allclose(part, lengths[-1][: len(part)], atol=1e-6)

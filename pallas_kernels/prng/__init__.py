@@ -9,7 +9,7 @@ from pallas_kernels.prng.chacha import (
     stream_words,
 )
 from pallas_kernels.prng.normal import box_muller, normal_stream, normal_tile
-from pallas_kernels.prng.streams import normal_streams
+from pallas_kernels.prng.streams import derive_path, normal_streams
 
 __all__ = [
     "ROUNDS",
@@ -17,6 +17,7 @@ __all__ = [
     "box_muller",
     "chacha_block",
     "derive_key",
+    "derive_path",
     "normal_stream",
     "normal_streams",
     "normal_tile",

@@ -54,6 +54,11 @@ def _fold_in(key_words: jax.Array, data: jax.Array | int) -> jax.Array:
     return prng.derive_key(key_words, _FOLD_IN, data)
 
 
+def purpose_words(key: Key[Array, ""], index: jax.Array, purpose: int) -> UInt32[Array, "8"]:
+    """The words of the child for ``purpose`` of ``jax.random.fold_in(key, index)``."""
+    return prng.derive_path(jax.random.key_data(key), [(_FOLD_IN, index), (purpose, 0)])
+
+
 def _split(key_words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     count = int(np.prod(shape))
     children = prng.derive_key(key_words, _SPLIT, jnp.arange(count, dtype=jnp.uint32))

@@ -146,7 +146,7 @@ def grid_spacing(sum_std: float) -> float:
 
 def _step_words(key: jax.Array, step: jax.Array) -> jax.Array:
     """The words of the key that all leaves' noise of a step comes from."""
-    return prng.derive_key(jax.random.key_data(jax.random.fold_in(key, step)), keys.GRADIENT)
+    return keys.purpose_words(key, step, keys.GRADIENT)
 
 
 def _release(

@@ -9,7 +9,7 @@ from pallas_kernels.prng.chacha import (
     stream_words,
 )
 from pallas_kernels.prng.normal import blocks_of_tile, box_muller, normal_stream, normal_tile
-from pallas_kernels.prng.streams import normal_streams
+from pallas_kernels.prng.streams import derive_path, normal_streams
 
 __all__ = [
     "ROUNDS",
@@ -18,6 +18,7 @@ __all__ = [
     "box_muller",
     "chacha_block",
     "derive_key",
+    "derive_path",
     "normal_stream",
     "normal_streams",
     "normal_tile",

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float32, UInt32
 
 from pallas_kernels.devices import wrong_device
-from pallas_kernels.prng.chacha import random_block
+from pallas_kernels.prng.chacha import derive_key, random_block
 from pallas_kernels.prng.normal import STREAM_TILE, block_normals, normal_stream
 
 Implementation = Literal["triton", "xla"]
@@ -61,12 +61,7 @@ def normal_streams(
     """
     if len({nonce for _, nonce in streams}) != len(streams):
         raise ValueError(f"streams={streams!r}: two have one name, and would be the same numbers.")
-    if implementation is not None and implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: allowed are {_IMPLEMENTATIONS}.")
-    reason = None if interpret else wrong_device("triton")
-    if implementation == "triton" and reason is not None:
-        raise ValueError(f"implementation='triton' cannot do this call: {reason}.")
-    if implementation == "xla" or (implementation is None and reason is not None):
+    if not _takes_kernel(implementation, interpret):
         return [normal_stream(key_words, size, nonce) for size, nonce in streams]
     pieces: list[list[jax.Array]] = [[] for _ in streams]
     for launch in _launches(streams):
@@ -77,6 +72,67 @@ def normal_streams(
             begin += chunks * _CHUNK
     whole = [p[0] if len(p) == 1 else jnp.concatenate([jnp.zeros(0), *p]) for p in pieces]
     return [x[:size] for x, (size, _) in zip(whole, streams, strict=True)]
+
+
+def derive_path(
+    key_words: UInt32[Array, "8"],
+    path: Sequence[tuple[int, Any]],
+    *,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> UInt32[Array, "8"]:
+    """A child's child: :func:`~pallas_kernels.prng.derive_key` for each step of the path.
+
+    On NVIDIA GPUs one kernel does all steps; XLA would make a loop of small ones of each.
+
+    Args:
+        key_words: the parent's eight words.
+        path: of each step, the purpose and the index (uint32).
+        implementation: as for :func:`normal_streams`.
+        interpret: likewise.
+
+    Raises:
+        ValueError: as :func:`normal_streams`.
+
+    Example:
+        >>> key = jnp.arange(8, dtype=jnp.uint32)
+        >>> derive_path(key, [(1, 7), (18, 0)]).shape
+        (8,)
+    """
+    if not _takes_kernel(implementation, interpret):
+        for purpose, index in path:
+            key_words = derive_key(key_words, purpose, index)
+        return key_words
+    indices = jnp.stack([jnp.asarray(index).astype(jnp.uint32) for _, index in path])
+
+    def kernel(key_ref: Any, indices_ref: Any, out_ref: Any) -> None:
+        words = [key_ref[i] for i in range(8)]
+        zero = jnp.uint32(0)
+        for n, (purpose, _) in enumerate(path):
+            counters = [indices_ref[n], zero, zero, jnp.uint32(purpose)]
+            words = list(random_block(words, counters, unroll=False)[:8])
+        for i, word in enumerate(words):
+            out_ref[i] = word
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((8,), jnp.uint32),
+        grid=(1,),
+        in_specs=[pl.BlockSpec((n,), lambda i: (0,)) for n in (8, len(path))],
+        out_specs=pl.BlockSpec((8,), lambda i: (0,)),
+        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name="derive_path",
+    )(key_words, indices)
+
+
+def _takes_kernel(implementation: str | None, interpret: bool) -> bool:
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: allowed are {_IMPLEMENTATIONS}.")
+    reason = None if interpret else wrong_device("triton")
+    if implementation == "triton" and reason is not None:
+        raise ValueError(f"implementation='triton' cannot do this call: {reason}.")
+    return implementation != "xla" and (implementation == "triton" or reason is None)
 
 
 def _launches(streams: Sequence[tuple[int, Nonce]]) -> list[list[tuple[int, int, int]]]:
@@ -105,7 +161,8 @@ def _launch(
     starts = np.cumsum([0, *(chunks for *_, chunks in launch)])
     chunk = jnp.arange(int(starts[-1]), dtype=jnp.int32)
     # Which stream a chunk belongs to, and which blocks of it.
-    rows = jnp.searchsorted(jnp.asarray(starts[1:], jnp.int32), chunk, side="right")
+    ends = jnp.asarray(starts[1:], jnp.int32)
+    rows = jnp.searchsorted(ends, chunk, side="right", method="compare_all")
     offset = jnp.asarray([first for _, first, _ in launch] - starts[:-1], jnp.int32)
     block = ((chunk + offset[rows]) * _BLOCKS).astype(jnp.uint32)
     names = jnp.asarray(np.array([nonces[n] for n, *_ in launch], np.uint32))

@@ -27,6 +27,13 @@ def test_the_kernel_makes_the_streams(sizes, chunks):
         np.testing.assert_allclose(x, expected, atol=1e-6)
 
 
+def test_a_path_of_children():
+    path = [(1, jnp.uint32(2**32 - 5)), (18, 0)]
+    expected = prng.derive_key(prng.derive_key(KEY, *path[0]), *path[1])
+    for options in ({}, {"implementation": "triton", "interpret": True}):
+        np.testing.assert_array_equal(prng.derive_path(KEY, path, **options), expected)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="two have one name"):
         prng.normal_streams(KEY, [(3, (0, 0, 1)), (4, (0, 0, 1))])
@@ -49,9 +56,10 @@ def test_on_a_gpu():
 
 @pytest.mark.aot
 @pytest.mark.parametrize("card", ["a100", "h100", "rtx4090"])
-def test_compiles_to_one_kernel_without_spills(offline, card, monkeypatch):
+def test_compiles_to_a_kernel_each_without_spills(offline, card, monkeypatch):
     monkeypatch.setattr("pallas_kernels.prng.streams.wrong_device", lambda name: None)
     key = jax.ShapeDtypeStruct((8,), jnp.uint32)
-    run = lambda key: prng.normal_streams(key, ASKED)  # noqa: E731
-    compiled = offline.compile_for(card, run, key, allow_spills=False)
-    assert compiled.as_text().count("__gpu$xla.gpu.triton") == 1
+    run = lambda key: prng.normal_streams(prng.derive_path(key, [(1, 5), (18, 0)]), ASKED)  # noqa: E731
+    text = offline.compile_for(card, run, key, allow_spills=False).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 2
+    assert " while(" not in text

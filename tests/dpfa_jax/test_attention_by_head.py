@@ -124,28 +124,25 @@ def test_one_layer_without_privacy_costs_everything():
 # --- layers ---------------------------------------------------------------------------------
 
 
-def test_flax_layers_take_a_privacy_each():
+def test_flax_layers_take_multipliers_of_heads():
+    """The last head's noise, 1000 times that of the first, is in every output."""
     x = jax.random.normal(jax.random.key(0), (1, 100, 8))
-    loud = dataclasses.replace(SEQUENCE, noise_multiplier=(50.0, 100.0))
-    calm = dataclasses.replace(SEQUENCE, noise_multiplier=0.01)
-    found = {}
-    for i, (name, privacy) in enumerate((("loud", loud), ("calm", calm))):
-        key = keys.reproducible_key(i)
-        layers = {
-            "linen": dpfa_jax.linen.DPMultiHeadDotProductAttention(num_heads=2, privacy=privacy),
-            "nnx": dpfa_jax.nnx.DPMultiHeadAttention(
-                2, 8, privacy=privacy, decode=False,
-                rngs=nnx.Rngs(params=0, privacy=key),
-            ),
-            "flax": nn.MultiHeadDotProductAttention(2, attention_fn=attention_fn(privacy)),
-        }  # fmt: skip
-        rngs = {"params": jax.random.key(0), "privacy": key}
-        found["linen", name] = layers["linen"].init_with_output(rngs, x)[0]
-        found["nnx", name] = layers["nnx"](x)
-        with noise_key(keys.reproducible_key(10 + i)):
-            found["flax", name] = layers["flax"].init_with_output(jax.random.key(0), x)[0]
-    for kind in ("linen", "nnx", "flax"):
-        assert float(found[kind, "loud"].std()) > 50 * float(found[kind, "calm"].std())
+    privacy = dataclasses.replace(SEQUENCE, noise_multiplier=(1.0, 1000.0))
+    key = keys.reproducible_key(0)
+    linen = dpfa_jax.linen.DPMultiHeadDotProductAttention(num_heads=2, privacy=privacy)
+    rngs = nnx.Rngs(params=0, privacy=key)
+    layer = dpfa_jax.nnx.DPMultiHeadAttention(2, 8, privacy=privacy, decode=False, rngs=rngs)
+    flax = nn.MultiHeadDotProductAttention(2, attention_fn=attention_fn(privacy))
+    found = [
+        linen.init_with_output({"params": jax.random.key(0), "privacy": key}, x)[0],
+        layer(x),
+    ]
+    with noise_key(keys.reproducible_key(1)):
+        found.append(flax.init_with_output(jax.random.key(0), x)[0])
+    for out in found:
+        assert float(out.std()) > 100
+    with pytest.raises(ValueError, match="has 2 numbers and the query 4 heads"):
+        linen.clone(num_heads=4).init({"params": key, "privacy": keys.reproducible_key(2)}, x)
 
 
 # --- refusals -------------------------------------------------------------------------------
@@ -161,8 +158,7 @@ def test_another_number_of_heads_is_refused_before_the_key_is_used():
     x, key = jnp.zeros((1, 3, 2, 8)), keys.reproducible_key(3)
     with pytest.raises(ValueError, match=r"noise_multiplier=.*has 4 numbers and the query 2 heads"):
         dp_dot_product_attention(x, x, x, privacy=RECORD, rng=key)
-    one = dataclasses.replace(RECORD, noise_multiplier=1.0)
-    dp_dot_product_attention(x, x, x, privacy=one, rng=key)
+    keys.consume(key)  # would raise for a used key
     with pytest.raises(ValueError, match="has 4 numbers"):
         attention_event(RECORD, x.shape)
 

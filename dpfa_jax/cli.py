@@ -113,6 +113,11 @@ def _add_bench(commands: Any) -> None:
         "--only", metavar="TEXT", help="only shapes whose name holds this, such as T=256 or LoRA"
     )
     clipping.add_argument(
+        "--versions",
+        metavar="TEXT",
+        help="only steps whose name holds this, such as dpfa, and the non-private one",
+    )
+    clipping.add_argument(
         "--quick", action="store_true", help="only what the targets are about, and jax_privacy"
     )
     clipping.add_argument(
@@ -176,6 +181,7 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
             batch=args.batch,
             only=args.only,
             attention=args.attention,
+            versions_with=args.versions,
             quick=args.quick,
             budget=args.budget,
             json_path=args.json,

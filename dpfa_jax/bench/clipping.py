@@ -231,6 +231,7 @@ def run(
     batch: int | None = None,
     only: str | None = None,
     attention: str | None = None,
+    versions_with: str | None = None,
     quick: bool = False,
     budget: float = 420.0,
     plan: Plan | None = None,
@@ -245,6 +246,7 @@ def run(
         batch: another physical batch for every shape; its targets then do not apply.
         only: measure only shapes whose name holds this text.
         attention: of all steps, a name from ``decoder.ATTENTION``; None is the fastest known.
+        versions_with: measure only versions whose name holds this text, and the non-private one.
         quick: only the versions that the targets are about, and jax_privacy.
         budget: seconds after which no further shape is begun.
         plan: how many samples; None is the usual.
@@ -264,7 +266,12 @@ def run(
     if not chosen:
         names = ", ".join(str(s) for s in decoder.SHAPES[shapes])
         raise BenchError(f"--only {only!r}: none of the shapes holds this text: {names}.")
-    measured = [v for v in steps.VERSIONS if v.for_targets or not quick]
+    measured = [
+        v
+        for v in steps.VERSIONS
+        if (v.for_targets or not quick)
+        and (versions_with is None or v.name == NON_PRIVATE or versions_with in v.name)
+    ]
     versions = package_versions() | package_versions(_PACKAGES)
     result: dict[str, Any] = {
         "command": command,

@@ -59,18 +59,23 @@ def choose(plan: Plan, examples: int, groups: int, memory: int | None) -> tuple[
         groups: of clipping.
         memory: bytes of the device; None where unknown.
     """
-    held = examples * sum(p.held_bytes for p in plan.leaves)
-    whole = examples * sum(p.held_bytes for p in plan.leaves if p.form == "materialised")
-    if not plan.of_form("gram"):
-        return "vmap", "no leaf has sites where norms without gradients would pay"
-    if groups > 1:
+    if groups > 1 and plan.of_form("gram"):
         return "per_layer", f"{groups} groups are clipped by themselves: one pass does"
-    if memory is not None and held > _MEMORY_SHARE * memory and whole < held:
+    extra = sum(p.extra_seconds for p in plan.leaves)
+    one = examples * (plan.loss_seconds + extra)
+    # The second pass runs the loss again, and holds what one leaf needs at a time.
+    two = examples * (2.0 * plan.loss_seconds + extra)
+    held = examples * sum(p.held_bytes for p in plan.leaves)
+    least = examples * max((p.held_bytes for p in plan.leaves), default=0.0)
+    times = f"{1e3 * one:.3g} ms predicted, {1e3 * two:.3g} ms in two"
+    if groups == 1 and memory is not None and held > _MEMORY_SHARE * memory and least < held:
         return "two_pass", (
             f"one pass would hold {held / 2**30:.1f} GiB, over {_MEMORY_SHARE:.0%} of the "
-            f"device's {memory / 2**30:.1f} GiB"
+            f"device's {memory / 2**30:.1f} GiB ({times})"
         )
-    return "bookkeeping", f"one pass; it holds {held / 2**20:.1f} MiB"
+    if not plan.of_form("gram"):
+        return "vmap", f"no leaf has sites where norms without gradients would pay ({times})"
+    return "bookkeeping", f"one pass; it holds {held / 2**20:.1f} MiB ({times})"
 
 
 def device_memory() -> int | None:

@@ -13,7 +13,7 @@ terms between different sites are in it like all others: a tied embedding is one
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 # above ‖P‖, the square of the norm is off by about 2⁻²³. It is raised by this share of it,
 # so that rounding clips more and never less.
 _ROUNDING = 2.0**-20
+_KERNEL_ROWS = 32
 _KERNEL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # And by this for squares that vanish below float32's normal range.
 _TINY = 2.0**-126
@@ -152,7 +153,9 @@ def _own(left: Factor, right: Factor) -> Norms:
     dense = not (left.is_index or right.is_index)
     if dense and left.rows.dtype == right.rows.dtype and left.rows.dtype in _KERNEL_DTYPES:
         folded = (x.rows.reshape(-1, *x.rows.shape[2:]) for x in (left, right))
-        norms = grad_norm_with_rows(*folded)
+        # Kernels make tiles of 128 rows: where there are few, XLA's small matrices are less work.
+        name: Any = "xla" if left.rows.shape[2] < _KERNEL_ROWS else None
+        norms = grad_norm_with_rows(*folded, implementation=name)
         stacked = (left.rows.shape[0], -1)
         return Norms(*(jnp.sum(x.reshape(stacked), axis=1) for x in norms))
     grams = [_gram(x, x) for x in (left, right)]

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -252,3 +254,28 @@ def test_auto_takes_two_passes_where_one_would_not_fit(monkeypatch):
     assert_close(grad(params, *batch), expected(singles, clip), 4e-4)
     monkeypatch.setattr("dpfa_jax.clipping.explain.device_memory", lambda: 3 * held)
     assert grad.explain(params, *batch).engine == "bookkeeping"
+
+
+def test_auto_prefers_one_pass_by_predicted_time(monkeypatch):
+    """The prediction ranks the engines as the clock does: a second pass costs a pass."""
+    choose("gram", monkeypatch)
+
+    def loss(w, x):
+        return jnp.sum(jnp.square(jnp.tanh(x @ w) @ w))
+
+    w, x = jnp.full((256, 256), 0.01), jnp.ones((16, 32, 256))
+    told = clipped_grad(loss, l2_clip_norm=1.0).explain(w, x)
+    one, two = map(float, re.findall(r"[(,] ?([\d.e+-]+) ms", told.why))
+    assert told.engine == "bookkeeping"
+    assert one < two
+    times = {}
+    for engine in ("bookkeeping", "two_pass"):
+        run = jax.jit(clipped_grad(loss, l2_clip_norm=1.0, engine=engine))
+        run(w, x).block_until_ready()
+        taken = []
+        for _ in range(7):
+            begin = time.perf_counter()
+            run(w, x).block_until_ready()
+            taken.append(time.perf_counter() - begin)
+        times[engine] = min(taken)
+    assert times["bookkeeping"] < times["two_pass"]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpfa_jax import clipped_grad
+from dpfa_jax.clipping import sites
 from dpfa_jax.clipping.sites import Factor, squared_norms
 
 
@@ -73,3 +74,41 @@ def test_no_example_contributes_more_than_c(name):
                 leaves = jax.tree.leaves(call(jnp.arange(count) != i))
                 norm = np.sqrt(sum(np.sum(np.asarray(x, np.float64) ** 2) for x in leaves))
                 assert norm <= clip
+
+
+def cut(x):
+    """To float32 towards zero, as matrix units round their sums."""
+    rounded = x.astype(np.float32)
+    return np.where(np.abs(rounded) > np.abs(x), np.nextafter(rounded, np.float32(0)), rounded)
+
+
+def cut_gram(x):
+    """x xᵀ, sixteen products at a time onto a sum that is cut each time."""
+    total = np.zeros((len(x), len(x)), np.float32)
+    for k in range(0, x.shape[1], 16):
+        part = x[:, k : k + 16].astype(np.float64)
+        total = cut(total.astype(np.float64) + part @ part.T)
+    return total
+
+
+@pytest.mark.parametrize("alike", [1.0, 0.9, 0.0])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_the_raise_covers_sums_that_are_cut(rows, alike, monkeypatch):
+    """Rows that are all alike lose most: every entry's sum grows with every product."""
+    rng = np.random.default_rng(0)
+    widths = (768, 3072)
+    sides = []
+    for width in widths:
+        common = np.abs(rng.normal(size=(1, width))) * alike
+        row = common + (1 - alike) * rng.normal(size=(rows, width))
+        sides.append(np.asarray(jnp.asarray(row).astype(jnp.bfloat16), np.float32))
+    x, g = sides
+    true = float(true_norms(x[None], g[None])[0])
+    found = np.sum(cut_gram(x).astype(np.float64) * cut_gram(g))
+    if alike == 1.0:
+        assert found < true * (1 - 2.0**-20)  # without the share for it, too little
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    block = tuple(
+        Factor(jnp.asarray(y)[None, None].astype(jnp.bfloat16), y.shape[1]) for y in sides
+    )
+    assert found * (1 + sites._truncation([block])) >= true

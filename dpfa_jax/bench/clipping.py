@@ -146,7 +146,9 @@ def measure_shape(shape: DecoderShape, versions: Sequence[Version], plan: Plan) 
             "device_peak_bytes": device_peaks.get(name),
         }
         if base is not None and base.seconds:
-            share, low, high = ratio_with_interval(base.seconds, timing.seconds)
+            # Turns in which both ran: a slower step has fewer, and later ones may be quieter.
+            common = min(len(base.seconds), len(timing.seconds))
+            share, low, high = ratio_with_interval(base.seconds[:common], timing.seconds[:common])
             entry |= {"share": share, "interval": [low, high]}
             own, other = peak(name), peak(NON_PRIVATE)
             entry["memory"] = own / other if own and other else None

@@ -196,24 +196,26 @@ def test_attention(bug, monkeypatch):
 _NOISE_BUGS = {
     "noise halved": (
         noise.add_noise,
-        "sum_std = std * expected_batch_size * _ROUNDING",
-        "sum_std = std * expected_batch_size * _ROUNDING / 2",
+        "sum_std = inflated_sum_std(std, expected_batch_size)",
+        "sum_std = inflated_sum_std(std, expected_batch_size) / 2",
         "training, add_remove, one step", 4000, "broken",
     ),
     "noise of the mean added to the sum": (
         noise.add_noise,
-        "sum_std = std * expected_batch_size * _ROUNDING", "sum_std = std * _ROUNDING",
+        "sum_std = inflated_sum_std(std, expected_batch_size)",
+        "sum_std = inflated_sum_std(std, 1.0)",
         "training, add_remove, one step", 4000, "broken",
     ),
     "noise on each of two devices": (
         noise.add_noise,
-        "sum_std = std * expected_batch_size * _ROUNDING",
-        "sum_std = std * expected_batch_size * _ROUNDING * 2**0.5",
+        "sum_std = inflated_sum_std(std, expected_batch_size)",
+        "sum_std = inflated_sum_std(std, expected_batch_size) * 2**0.5",
         "training, add_remove, one step", 10_000, "wasteful",
     ),
     "one key for all steps": (
-        noise.add_noise,
-        "step_key = jax.random.fold_in(state.key, state.step)", "step_key = state.key",
+        noise._step_words,
+        "keys.purpose_words(key, step, keys.GRADIENT)",
+        "keys.purpose_words(key, jnp.uint32(0), keys.GRADIENT)",
         "training, add_remove, two steps", 4000, "broken",
     ),
     "the step is not counted": (
@@ -223,13 +225,13 @@ _NOISE_BUGS = {
         "training, replace_one, four steps of DP AdamW", 4000, "broken",
     ),
     "one leaf goes around the noise": (
-        noise._add,
-        "if std:", "if std and noisy:",
+        noise._release,
+        "g = first[n]", "g = first[n] * min(n, 1)",
         "training, add_remove, one step", 4000, "broken",
     ),
     "one noise for all leaves": (
-        noise._add,
-        "_leaf_nonce(path)", "(0, 0, 0)",
+        noise._release,
+        "g = first[n]", "g = jnp.resize(first[0], x.size)",
         "training, add_remove, one step", 10_000, "broken",
     ),
     "replace_one with the noise of add_remove": (

@@ -46,7 +46,9 @@ def largest_normal(comparisons):
 
 @pytest.fixture(scope="module")
 def members():
-    return membership(sampler(60, 0.3), 3000)
+    # Made before the fixture of each test: another test may have used the key.
+    with keys.allow_reuse_for_tests():
+        return membership(sampler(60, 0.3), 3000)
 
 
 # --- who joins -------------------------------------------------------------------------

@@ -21,7 +21,15 @@ import jax.numpy as jnp
 from dpfa_jax.clipping.plan import Plan, layouts
 from dpfa_jax.clipping.recognise import Site
 from dpfa_jax.clipping.replay import Readings, read
-from dpfa_jax.clipping.sites import Block, Factor, factors, merged, squared_norms, weighted_sum
+from dpfa_jax.clipping.sites import (
+    Block,
+    Factor,
+    factors,
+    merged,
+    own_terms,
+    squared_norms,
+    weighted_sum,
+)
 from dpfa_jax.clipping.tree import Clip, onto, squared_norm, weighted_leaf
 
 Sums = list[jax.Array]
@@ -60,8 +68,9 @@ def _squares(
 ) -> list[jax.Array]:
     """Each leaf's squared norms. Every leaf is in exactly one of the two, or unused."""
     squares: dict[int, jax.Array] = {leaf: squared_norm(g) for leaf, g in gradients.items()}
-    for group in groups:
-        more = squared_norms(group.blocks)
+    own = own_terms([group.blocks for group in groups])
+    for group, terms in zip(groups, own, strict=True):
+        more = squared_norms(group.blocks, terms)
         squares[group.leaf] = squares[group.leaf] + more if group.leaf in squares else more
     for leaf in plan.of_form("unused"):
         squares[leaf] = jnp.zeros(count, jnp.float32)

@@ -13,7 +13,7 @@ terms between different sites are in it like all others: a tied embedding is one
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,12 @@ from jaxtyping import Array, Float32
 
 from dpfa_jax.clipping.recognise import Axes, Site
 from dpfa_jax.clipping.views import to_leaf
-from pallas_kernels.grad_norm import Norms, grad_norm_with_rows, norms_with_rows
+from pallas_kernels.grad_norm import (
+    Norms,
+    grad_norm_with_rows,
+    grad_norms_with_rows,
+    norms_with_rows,
+)
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Gram matrices are rounded: relative to Σ_t |l_t||r_t|, which cancellation may leave far
@@ -125,16 +130,16 @@ def merged(blocks: Sequence[Block]) -> list[Block]:
     return result
 
 
-def squared_norms(blocks: Sequence[Block]) -> Float32[Array, "n"]:
+def squared_norms(
+    blocks: Sequence[Block], own: Sequence[Norms] | None = None
+) -> Float32[Array, "n"]:
     """‖P_n‖² of each example, not below its true value by more than rounding's allowance.
-
-    The Gram matrices of one site with itself, where both sides are dense, are those of
-    :mod:`pallas_kernels.grad_norm`: on GPUs and TPUs a kernel that writes no matrix.
 
     Args:
         blocks: those of all sites of one leaf, all of one layout.
+        own: what :func:`own_terms` gives for them; None means that it is computed here.
     """
-    parts = [_own(*block) for block in blocks]
+    parts = own_terms([blocks])[0] if own is None else own
     total = sum((p.squared for p in parts[1:]), parts[0].squared)
     for i, first in enumerate(blocks):
         for second in blocks[i + 1 :]:
@@ -148,16 +153,41 @@ def squared_norms(blocks: Sequence[Block]) -> Float32[Array, "n"]:
     return total + _ROUNDING * outer * outer + _TINY * tiny
 
 
-def _own(left: Factor, right: Factor) -> Norms:
-    """The terms of a block with itself; each of [n]."""
+def own_terms(groups: Sequence[Sequence[Block]]) -> list[list[Norms]]:
+    """The terms of each block with itself, each of [n], for several leaves.
+
+    The Gram matrices of one site with itself, where both sides are dense, are those of
+    :mod:`pallas_kernels.grad_norm`: on GPUs and TPUs a kernel that writes no matrix. Leaves
+    share its launches.
+
+    Args:
+        groups: of each leaf, its blocks.
+    """
+    found: list[list[Norms | None]] = [[_small(*block) for block in blocks] for blocks in groups]
+    places = [(i, j) for i, row in enumerate(found) for j, norms in enumerate(row) if norms is None]
+    made: Any = grad_norms_with_rows([_folded(*groups[i][j]) for i, j in places])
+    for (i, j), norms in zip(places, made, strict=True):
+        found[i][j] = _unfolded(norms, groups[i][j][0])
+    return cast(list[list[Norms]], found)
+
+
+def _folded(left: Factor, right: Factor) -> tuple[jax.Array, jax.Array]:
+    """[n · s, t, width] of both sides: stacked layers are examples of their own."""
+    return tuple(x.rows.reshape(-1, *x.rows.shape[2:]) for x in (left, right))  # type: ignore[return-value]
+
+
+def _unfolded(norms: Norms, factor: Factor) -> Norms:
+    return Norms(*(jnp.sum(x.reshape(factor.rows.shape[0], -1), axis=1) for x in norms))
+
+
+def _small(left: Factor, right: Factor) -> Norms | None:
+    """A block's own terms where matrices are written; None where a kernel makes none."""
     dense = not (left.is_index or right.is_index)
     if dense and left.rows.dtype == right.rows.dtype and left.rows.dtype in _KERNEL_DTYPES:
-        folded = (x.rows.reshape(-1, *x.rows.shape[2:]) for x in (left, right))
         # Kernels make tiles of 128 rows: where there are few, XLA's small matrices are less work.
-        name: Any = "xla" if left.rows.shape[2] < _KERNEL_ROWS else None
-        norms = grad_norm_with_rows(*folded, implementation=name)
-        stacked = (left.rows.shape[0], -1)
-        return Norms(*(jnp.sum(x.reshape(stacked), axis=1) for x in norms))
+        if left.rows.shape[2] >= _KERNEL_ROWS:
+            return None
+        return _unfolded(grad_norm_with_rows(*_folded(left, right), implementation="xla"), left)
     grams = [_gram(x, x) for x in (left, right)]
     squared = jnp.sum(grams[0] * grams[1], axis=(1, 2, 3))
     on_left, on_right = (jnp.diagonal(g, axis1=2, axis2=3).reshape(squared.size, -1) for g in grams)

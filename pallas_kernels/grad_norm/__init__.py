@@ -4,6 +4,7 @@ from pallas_kernels.grad_norm.api import (
     explain,
     grad_norm_squared,
     grad_norm_with_rows,
+    grad_norms_with_rows,
     implementations,
 )
 from pallas_kernels.grad_norm.common import (
@@ -22,6 +23,7 @@ __all__ = [
     "explain",
     "grad_norm_squared",
     "grad_norm_with_rows",
+    "grad_norms_with_rows",
     "implementations",
     "multiply_adds",
     "norms_with_rows",

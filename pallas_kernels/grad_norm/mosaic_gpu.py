@@ -33,6 +33,10 @@ _LAYOUT: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # 
 REGISTERS = (240, 24)
 
 
+# Of a launch: the kernel names each one's arrays.
+MOST_LEAVES = 8
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """How many slots and blocks of threads; the defaults fill an H100's shared memory.
@@ -53,7 +57,7 @@ def unsupported(x: Any, g: Any, form: common.Form) -> str | None:
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{x.dtype} operands; the matrix units take bfloat16 and float16"
     jobs = x.shape[0] * _tiles(x, g, form)
-    if jobs * max(x.shape[1], x.shape[2] + g.shape[2]) >= 2**31:
+    if MOST_LEAVES * jobs * max(x.shape[1], x.shape[2] + g.shape[2]) >= 2**31:
         return f"{jobs} tiles; their steps are counted in 31 bits"
     return None
 
@@ -75,39 +79,51 @@ def grad_norm_squared(
     interpret: bool = False,
 ) -> Float32[Array, "B"]:
     """See :func:`pallas_kernels.grad_norm.grad_norm_squared`, whose checks have passed."""
-    return _run(x, g, form, False, blocks, interpret).squared
+    return _run((x, g), form, False, blocks, interpret)[0].squared
 
 
 def gram_with_rows(
-    x: Float[Array, "B T P"],
-    g: Float[Array, "B T Q"],
-    *,
-    blocks: Blocks | None = None,
-    interpret: bool = False,
-) -> common.Norms:
-    """The Gram form, and what the matrices' diagonals tell of the rows, in one pass."""
-    return _run(x, g, "gram", True, blocks, interpret)
+    *operands: Float[Array, "B T _"], blocks: Blocks | None = None, interpret: bool = False
+) -> tuple[common.Norms, ...]:
+    """The Gram form, and what the matrices' diagonals tell of the rows, in one pass.
+
+    Several leaves can share a launch: small ones would leave most multiprocessors idle while
+    the last tiles are made.
+
+    Args:
+        operands: x and g of one leaf, then of the next: one B, T and dtype for all.
+        blocks: sizes.
+        interpret: as for :func:`pallas_kernels.grad_norm.grad_norm_squared`.
+
+    Returns:
+        What belongs to each leaf.
+    """
+    return tuple(_run(operands, "gram", True, blocks, interpret))
 
 
 def _run(
-    x: jax.Array,
-    g: jax.Array,
+    operands: Sequence[jax.Array],
     form: common.Form,
     rows: bool,
     blocks: Blocks | None,
     interpret: bool,
-) -> common.Norms:
+) -> list[common.Norms]:
     """The squared norms; those of the operands' rows where ``rows`` says so, else zeros.
 
-    Where T is no multiple of 8, or P or Q none of 64, the sizes of the pieces in which the copy
+    Where T is no multiple of 8, or a width none of 64, the sizes of the pieces in which the copy
     engine lays a tile out, a padded copy is made.
     """
     blocks = blocks or Blocks()
-    x, g = (common.pad(common.pad(y, 1, 8), 2, 64) for y in (x, g))
+    padded = [common.pad(common.pad(y, 1, 8), 2, 64) for y in operands]
+    # Leaves with the longest jobs first: what is left at the end is then short.
+    pairs = list(zip(padded[::2], padded[1::2], strict=True))
+    order = sorted(range(len(pairs)), key=lambda n: -sum(y.shape[2] for y in pairs[n]))
+    pairs = [pairs[n] for n in order]
+    (x, g), *_ = pairs
     tiles, outputs = _tiles(x, g, form), 3 if rows else 1
-    jobs = x.shape[0] * tiles
+    jobs = len(pairs) * x.shape[0] * tiles
     if form == "gram":
-        body: Any = functools.partial(_gram_kernel, rows)
+        body: Any = functools.partial(_gram_kernel, rows, x.shape[0])
         stages, across = blocks.gram_stages, pl.cdiv(x.shape[1], _ROWS)
         slots: Any = plgpu.SMEM((stages, 2, _ROWS, _STEP), x.dtype, transforms=_LAYOUT)
     else:
@@ -131,13 +147,16 @@ def _run(
         thread_name="wg",
         kernel_name=f"grad_norm_{form}",
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(x, g)
-    squared = common.total(parts[0].reshape(x.shape[0], -1))
+    )(*(y for pair in pairs for y in pair))
+    parts = parts.reshape(outputs, len(pairs) * x.shape[0], -1)
+    squared = common.total(parts[0])
     squared = jnp.maximum(squared, 0.0) if form == "gram" else squared
-    if not rows:
-        return common.Norms(squared, *[jnp.zeros_like(squared)] * 3)
-    x_rows, g_rows = (part.reshape(x.shape[0], -1) for part in parts[1:])
-    return common.norms_with_rows(squared, x_rows, g_rows)
+    if rows:
+        norms = common.norms_with_rows(squared, *parts[1:])
+    else:
+        norms = common.Norms(squared, *[jnp.zeros_like(squared)] * 3)
+    norms = jax.tree.map(lambda y: y.reshape(len(pairs), -1), norms)
+    return [jax.tree.map(lambda y, n=order.index(n): y[n], norms) for n in range(len(pairs))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +180,7 @@ class _Jobs:
     def walk(self, do: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]) -> None:
         """``do(job, example, tile, step)`` for each job of this block.
 
+        Examples are counted through all leaves.
         ``step`` counts the block's steps before the job; ``do`` returns the count after it.
         """
         block = lax.axis_index("block")
@@ -280,19 +300,24 @@ def _direct_kernel(
 
 
 def _gram_kernel(
-    rows: bool,
-    jobs: _Jobs,
-    x_ref: Any,
-    g_ref: Any,
-    out_ref: Any,
-    *,
-    slots: Any,
-    line: Any,
-    full: Any,
-    free: Any,
+    rows: bool, batch: int, jobs: _Jobs, *refs: Any, slots: Any, line: Any, full: Any, free: Any
 ) -> None:
-    steps = [pl.cdiv(ref.shape[2], _STEP) for ref in (x_ref, g_ref)]
+    """``refs`` are x and g of each leaf, then the output; leaf n has examples n·batch and on."""
+    *operands, out_ref = refs
+    leaves = list(zip(operands[::2], operands[1::2], strict=True))
     wg = lax.axis_index("wg")
+
+    def steps_of(example: jax.Array) -> tuple[Any, Any]:
+        """How many steps its leaf takes for each of its two matrices."""
+        counts = [[pl.cdiv(ref.shape[2], _STEP) for ref in leaf] for leaf in leaves]
+        first, *others = counts
+        found: Any = tuple(first)
+        for n, more in enumerate(others, 1):
+            found = tuple(
+                jnp.where(example >= n * batch, jnp.int32(b), a)
+                for a, b in zip(found, more, strict=True)
+            )
+        return found
 
     @pl.when(wg < 2)
     def _compute() -> None:
@@ -301,6 +326,7 @@ def _gram_kernel(
         def do(job: jax.Array, example: Any, tile: jax.Array, first: jax.Array) -> jax.Array:
             i, j = common.pair(tile, jobs.across)
             side = jnp.where(i == j, 0, 1)
+            steps = steps_of(example)
 
             def multiply(gram: Any, slot: jax.Array) -> None:
                 mine = slots.at[slot, 0, pl.ds(wg * _HALF, _HALF)]
@@ -337,7 +363,7 @@ def _gram_kernel(
         def do(job: Any, example: jax.Array, tile: jax.Array, first: jax.Array) -> jax.Array:
             i, j = common.pair(tile, jobs.across)
 
-            def load(ref: Any, k: jax.Array, slot: jax.Array) -> None:
+            def load(ref: Any, example: jax.Array, k: jax.Array, slot: jax.Array) -> None:
                 step, bar = pl.ds(k * _STEP, _STEP), full.at[slot]
 
                 @pl.when(i == j)
@@ -354,8 +380,17 @@ def _gram_kernel(
                         to = slots.at[slot, side]
                         plgpu.copy_gmem_to_smem(ref.at[example, rows, step], to, bar)
 
-            for ref, count in zip((x_ref, g_ref), steps, strict=True):
-                first = jobs.fetch(free, count, first, functools.partial(load, ref))
-            return first
+            steps = steps_of(example)
+            for n, leaf in enumerate(leaves):
+
+                @pl.when((example >= n * batch) & (example < (n + 1) * batch))
+                def _(n: int = n, leaf: Any = leaf) -> None:
+                    at = first
+                    for ref in leaf:
+                        count = pl.cdiv(ref.shape[2], _STEP)
+                        fetch_one = functools.partial(load, ref, example - n * batch)
+                        at = jobs.fetch(free, count, at, fetch_one)
+
+            return first + sum(steps)
 
         jobs.walk(do)

@@ -57,6 +57,14 @@ def test_mosaic_gpu_without_spills(ptxas, name, form):
     assert 2 * more + less <= 3 * report.registers[0]
 
 
+def test_mosaic_gpu_with_leaves_that_share_a_launch(ptxas):
+    shared = [*operands("T=256", jnp.bfloat16), *operands("T=256", jnp.bfloat16)[::-1]]
+    report = ptxas(mosaic_gpu.gram_with_rows, *shared * (mosaic_gpu.MOST_LEAVES // 2))
+    assert len(report.registers) == 1
+    assert report.spilled == 0
+    assert not report.warnings
+
+
 @pytest.mark.parametrize("form", ["gram", "direct"])
 @pytest.mark.parametrize("name", ["T=256", "long"])
 def test_mosaic_gpu_keeps_no_tiles_in_memory(offline, monkeypatch, name, form):

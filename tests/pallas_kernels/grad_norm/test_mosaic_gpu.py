@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grad_norm import grad_norm_squared, mosaic_gpu, upper_bound
+from pallas_kernels.grad_norm import (
+    grad_norm_squared,
+    grad_norms_with_rows,
+    mosaic_gpu,
+    upper_bound,
+)
 
 
 def make(shape, dtype):
@@ -40,15 +45,23 @@ def test_interpreted_without_races(shape, dtype, form, stages, caplog, capfd):
     assert "RACE" not in caplog.text + "".join(capfd.readouterr())
 
 
-def test_interpreted_with_rows(caplog, capfd):
-    x, g = make((2, 200, 70, 9), "bfloat16")
+@pytest.mark.parametrize("widths", [[(70, 9)], [(9, 70), (130, 200), (64, 3)]], ids=str)
+def test_interpreted_with_rows(widths, caplog, capfd):
+    leaves = [make((2, 200, *pair), "bfloat16") for pair in widths]
     blocks = mosaic_gpu.Blocks(gram_stages=2, thread_blocks=2)
-    got = mosaic_gpu.gram_with_rows(x, g, blocks=blocks, interpret=True)
-    np.testing.assert_allclose(got.squared, exact(x, g), rtol=1e-5)
-    a, b = (np.linalg.norm(np.asarray(y, np.float64), axis=2) for y in (x, g))
-    for part, expected in zip(got[1:], (a * b, a**2, b**2), strict=True):
-        np.testing.assert_allclose(part, np.sum(expected, axis=1), rtol=1e-5)
+    operands = (y for pair in leaves for y in pair)
+    got = mosaic_gpu.gram_with_rows(*operands, blocks=blocks, interpret=True)
+    assert len(got) == len(leaves)
+    for norms, pair in zip(got, leaves, strict=True):
+        check_rows(norms, *pair)
     assert "RACE" not in caplog.text + "".join(capfd.readouterr())
+
+
+def check_rows(norms, x, g):
+    np.testing.assert_allclose(norms.squared, exact(x, g), rtol=1e-5)
+    a, b = (np.linalg.norm(np.asarray(y, np.float64), axis=2) for y in (x, g))
+    for part, expected in zip(norms[1:], (a * b, a**2, b**2), strict=True):
+        np.testing.assert_allclose(part, np.sum(expected, axis=1), rtol=1e-5)
 
 
 def test_interpreted_through_the_entry_point_and_vmap():
@@ -70,6 +83,17 @@ ON_GPU = [
     (150, 130, 64, 64),
     (2, 2048, 640, 384),
 ]
+
+
+@pytest.mark.gpu
+def test_leaves_that_share_launches_on_a_gpu():
+    widths = [(768, 2304), (768, 768), (768, 3072), (3072, 768), (16, 33), (33, 16)] * 2
+    leaves = [make((30, 256, *pair), "bfloat16") for pair in widths]
+    leaves.append(make((3, 77, 40, 200), "float32"))
+    got = jax.jit(grad_norms_with_rows)(leaves)
+    assert len(got) == len(leaves)
+    for norms, pair in zip(got, leaves, strict=True):
+        check_rows(norms, *pair)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "form"))

@@ -8,5 +8,6 @@ these numbers must be for a privacy guarantee is the business of :mod:`dpfa_jax`
   behind one function with several implementations.
 * :mod:`pallas_kernels.grad_norm`: norms of per-example weight gradients, which are never
   formed.
+* :mod:`pallas_kernels.weighted_sum`: sums of per-example gradients, each times its factor.
 * :mod:`pallas_kernels.prng`: the ChaCha block function and Gaussians made from it.
 """

@@ -28,9 +28,10 @@ from dpfa_jax.clipping.sites import (
     merged,
     own_terms,
     squared_norms,
-    weighted_sum,
+    weighted_products,
 )
-from dpfa_jax.clipping.tree import Clip, onto, squared_norm, weighted_leaf
+from dpfa_jax.clipping.tree import Clip, onto, squared_norm
+from pallas_kernels.weighted_sum import weighted_sum
 
 Sums = list[jax.Array]
 # Of each example: the auxiliary outputs, and the norm before clipping.
@@ -109,12 +110,13 @@ def bookkeeping(
 
     def total(groups: Sequence[_Group], gradients: dict[int, jax.Array], kept: Any) -> Sums:
         sums = {
-            leaf: weighted_leaf(g, weights[clip.groups[leaf]], kept)
+            # Who is not kept has the weight 0.
+            leaf: weighted_sum(g, weights[clip.groups[leaf]], all_finite=kept is None)
             for leaf, g in gradients.items()
         }
         for group in groups:
             blocks = group.blocks if kept is None else _without(group.blocks, kept)
-            more = weighted_sum(group.site, blocks, weights[clip.groups[group.leaf]])
+            more = weighted_products(group.site, blocks, weights[clip.groups[group.leaf]])
             sums[group.leaf] = sums[group.leaf] + more if group.leaf in sums else more
         full = [
             sums[i] if i in sums else jnp.zeros(jnp.shape(leaves[i]), jnp.float32)
@@ -166,7 +168,7 @@ def two_pass(
     second = read(plan.trace, sites, rest, leaves, clean, seed=weight)
     sums = {leaf: jnp.sum(g, axis=0, dtype=jnp.float32) for leaf, g in second.gradients.items()}
     for group in _groups(plan, sites, second):
-        more = weighted_sum(group.site, group.blocks, None)
+        more = weighted_products(group.site, group.blocks, None)
         sums[group.leaf] = sums[group.leaf] + more if group.leaf in sums else more
     some = jnp.any(keep)
     full = [

@@ -238,7 +238,7 @@ def _alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     return a.astype(jnp.float32), b.astype(jnp.float32)
 
 
-def weighted_sum(
+def weighted_products(
     site: Site, blocks: Sequence[Block], factor: Float32[Array, "n"] | None
 ) -> Float32[Array, "..."]:
     """Σ_n f_n P_n with the shape of the leaf.

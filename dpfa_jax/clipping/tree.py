@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, PyTree
 
+from pallas_kernels.weighted_sum import weighted_sum
+
 # A clipped gradient is aimed this much below C, so that the rounding of the norm and of
 # the product leaves it at most C.
 MARGIN = 2.0**-20
@@ -96,20 +98,6 @@ def per_example_norms(grads: PyTree[Array]) -> Float32[Array, "b"]:
     return jnp.sqrt(sum(squares[1:], squares[0]))
 
 
-def weighted_leaf(
-    leaf: Array, factor: Float32[Array, "b"], keep: Bool[Array, "b"] | None
-) -> Float32[Array, "..."]:
-    """Σ_b f_b g_b in float32; examples that are not kept are replaced by zeros.
-
-    0 · NaN is NaN: what is not kept cannot be multiplied away. ``keep=None`` says that
-    all entries are finite.
-    """
-    rows = leaf.astype(jnp.float32)
-    if keep is not None:
-        rows = jnp.where(keep.reshape(keep.size, *[1] * (leaf.ndim - 1)), rows, 0.0)
-    return jnp.einsum("b,b...->...", factor, rows, precision=jax.lax.Precision.HIGHEST)
-
-
 def onto(start: Sequence[Array] | None, sums: Sequence[Array]) -> list[Array]:
     """``start`` + ``sums``, where there is a start."""
     return list(sums) if start is None else [a + b for a, b in zip(start, sums, strict=True)]
@@ -132,8 +120,8 @@ def clip_and_sum_with_norms(
     leaves, structure = jax.tree.flatten(grads)
     if not isinstance(clip, Clip):
         clip = Clip(clip, (0,) * len(leaves))
-    weights, keep, norms = clip.factors([squared_norm(x) for x in leaves], is_padding_example)
-    sums = [weighted_leaf(x, weights[g], keep) for x, g in zip(leaves, clip.groups, strict=True)]
+    weights, _, norms = clip.factors([squared_norm(x) for x in leaves], is_padding_example)
+    sums = [weighted_sum(x, weights[g]) for x, g in zip(leaves, clip.groups, strict=True)]
     return jax.tree.unflatten(structure, sums), norms
 
 

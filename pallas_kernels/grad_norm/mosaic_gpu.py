@@ -155,8 +155,9 @@ def _run(
         norms = common.norms_with_rows(squared, *parts[1:])
     else:
         norms = common.Norms(squared, *[jnp.zeros_like(squared)] * 3)
-    norms = jax.tree.map(lambda y: y.reshape(len(pairs), -1), norms)
-    return [jax.tree.map(lambda y, n=order.index(n): y[n], norms) for n in range(len(pairs))]
+    apart = zip(*(y.reshape(len(pairs), -1) for y in norms), strict=True)
+    back = dict(zip(order, apart, strict=True))
+    return [common.Norms(*back[n]) for n in range(len(pairs))]
 
 
 @dataclasses.dataclass(frozen=True)

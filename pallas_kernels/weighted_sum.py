@@ -21,7 +21,7 @@ _BLOCK = 2048  # entries of a program
 _WARPS = 4
 _AHEAD = 4  # examples whose entries are fetched together
 # Smaller leaves are left to XLA, which makes one launch of several.
-_LEAST = 2**18
+_LEAST = 2**16
 
 
 def weighted_sum(

@@ -24,6 +24,8 @@ class Machine(NamedTuple):
         whole: of float32, not shortened.
         gram: the share of these that Gram matrices reach.
         bytes: to and from memory.
+        passes: how many readings' time a materialised entry takes: it is written, which may hide
+            behind its product, and read twice.
         tile: rows of the tiles on whose diagonal the symmetry of a Gram matrix is not used.
         has_kernel: whether :mod:`pallas_kernels.grad_norm` has a kernel that writes no matrix.
     """
@@ -32,6 +34,7 @@ class Machine(NamedTuple):
     whole: float
     gram: float
     bytes: float
+    passes: float
     tile: int
     has_kernel: bool
 
@@ -48,14 +51,16 @@ class Machine(NamedTuple):
         return count / self.bytes
 
 
-# Sources: data sheets, less what good programs do not reach; the CPU is two cores with wide
+# Sources: data sheets, less what good programs do not reach; of GPUs, steps of GPT-2's size on
+# an H100 (benchmarks/results/2026-11-23_h100_clipping.json: Gram matrices at 260e12 of 400e12
+# multiply-adds a second, materialised leaves 2.4 times their bytes); the CPU is two cores with wide
 # vectors, where an entry that is written once and read twice takes 120 multiply-adds' time.
 MACHINES = {
-    "cpu": Machine(5e9, 5e10, 1.0, 5e9, 256, False),
-    "tpu": Machine(0.8e14, 1.4e13, 0.6, 0.7e12, 128, True),
-    "gpu": Machine(1.2e14, 0.9e13, 0.6, 1.5e12, 128, True),
-    "NVIDIA H100": Machine(3.0e14, 2.5e13, 0.6, 2.7e12, 128, True),
-    "NVIDIA H200": Machine(3.0e14, 2.5e13, 0.6, 3.8e12, 128, True),
+    "cpu": Machine(5e9, 5e10, 1.0, 5e9, 3.0, 256, False),
+    "tpu": Machine(0.8e14, 1.4e13, 0.6, 0.7e12, 3.0, 128, True),
+    "gpu": Machine(1.2e14, 0.9e13, 0.75, 1.5e12, 2.4, 128, True),
+    "NVIDIA H100": Machine(3.0e14, 2.5e13, 0.75, 2.7e12, 2.4, 128, True),
+    "NVIDIA H200": Machine(3.0e14, 2.5e13, 0.75, 3.8e12, 2.4, 128, True),
 }
 
 
@@ -71,7 +76,7 @@ def gram_seconds(sites: Sequence[Site], machine: Machine) -> float:
     """The Gram form, of one example: what it takes beyond a gradient without clipping.
 
     S T (T + t)/2 (A + B) multiply-adds for all T dense rows (t rows of a tile on the diagonal);
-    for index rows and between them and dense ones the matrices are written and read. And the
+    for index rows and between them and dense ones the matrices are written and read. The
     narrower side is read and written once more, times the factors.
     """
     stack, _, left, right = sites[0].sizes
@@ -93,7 +98,8 @@ def gram_seconds(sites: Sequence[Site], machine: Machine) -> float:
             seconds += machine.products(products, max(dtype, dtype_2, key=lambda d: d.itemsize))
             written += rows * more
         seconds += machine.move(4 * FLOAT32 * written)
-        seconds += machine.move(dtype.itemsize * rows * _width(index, left, right))
+        if not (is_dense and machine.has_kernel):  # which reads while it multiplies
+            seconds += machine.move(dtype.itemsize * rows * _width(index, left, right))
         seconds += machine.move(2 * dtype.itemsize * rows * min(left, right))
     return stack * seconds
 
@@ -109,7 +115,7 @@ def materialised_seconds(sites: Sequence[Site], shape: Sequence[int], machine: M
     Gradients of several uses, or of looked-up rows, are first added up in float32.
     """
     entries = math.prod(shape)
-    moved = 3.0 * entry_dtype(sites).itemsize * entries
+    moved = machine.passes * entry_dtype(sites).itemsize * entries
     if len(sites) > 1 or any(indexes(s) for s in sites):
         moved += 2.0 * FLOAT32 * entries * len(sites)
     return machine.move(moved)

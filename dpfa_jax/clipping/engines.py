@@ -27,6 +27,7 @@ from dpfa_jax.clipping.sites import (
     factors,
     merged,
     own_terms,
+    product_of,
     squared_norms,
     weighted_products,
 )
@@ -40,14 +41,21 @@ Outputs = tuple[list[jax.Array], jax.Array]
 
 @dataclasses.dataclass
 class _Group:
-    """Sites of one leaf and one layout, with what was read there."""
+    """Sites of one leaf and one layout, with what was read there.
+
+    Where the plan says so, ``product`` holds the per-example product of the one dense site,
+    whose block is not in ``blocks``.
+    """
 
     leaf: int
     site: Site
     blocks: list[Block]
+    product: jax.Array | None = None
 
 
-def _groups(plan: Plan, sites: Sequence[Site], readings: Readings) -> list[_Group]:
+def _groups(
+    plan: Plan, sites: Sequence[Site], readings: Readings, products: bool = False
+) -> list[_Group]:
     number = {site.path: n for n, site in enumerate(sites)}
     groups = []
     for leaf in dict.fromkeys(s.view.leaf for s in sites):
@@ -56,7 +64,12 @@ def _groups(plan: Plan, sites: Sequence[Site], readings: Readings) -> list[_Grou
                 factors(s, readings.operands[number[s.path]], readings.cotangents[number[s.path]])
                 for s in group
             ]
-            groups.append(_Group(leaf, group[0], merged(blocks)))
+            made = _Group(leaf, group[0], merged(blocks))
+            if products and plan.leaves[leaf].product:
+                (dense,) = (b for b in made.blocks if not (b[0].is_index or b[1].is_index))
+                made.blocks = [b for b in made.blocks if b is not dense]
+                made.product = product_of(dense)
+            groups.append(made)
     return groups
 
 
@@ -71,7 +84,7 @@ def _squares(
     squares: dict[int, jax.Array] = {leaf: squared_norm(g) for leaf, g in gradients.items()}
     own = own_terms([group.blocks for group in groups])
     for group, terms in zip(groups, own, strict=True):
-        more = squared_norms(group.blocks, terms)
+        more = squared_norms(group.blocks, terms, group.product)
         squares[group.leaf] = squares[group.leaf] + more if group.leaf in squares else more
     for leaf in plan.of_form("unused"):
         squares[leaf] = jnp.zeros(count, jnp.float32)
@@ -104,7 +117,7 @@ def bookkeeping(
     # What is kept is what is measured: the norm is that of the rounded gradient.
     kept_as = {leaf: plan.leaves[leaf].dtype or g.dtype for leaf, g in readings.gradients.items()}
     gradients = {leaf: g.astype(kept_as[leaf]) for leaf, g in readings.gradients.items()}
-    groups = _groups(plan, sites, readings)
+    groups = _groups(plan, sites, readings, products=True)
     squares = _squares(plan, groups, gradients, padding.size)
     weights, keep, norms = clip.factors(squares, padding)
 
@@ -116,7 +129,10 @@ def bookkeeping(
         }
         for group in groups:
             blocks = group.blocks if kept is None else _without(group.blocks, kept)
-            more = weighted_products(group.site, blocks, weights[clip.groups[group.leaf]])
+            factor, product = weights[clip.groups[group.leaf]], group.product
+            if product is not None:
+                product = weighted_sum(product, factor, all_finite=kept is None)
+            more = weighted_products(group.site, blocks, factor, product)
             sums[group.leaf] = sums[group.leaf] + more if group.leaf in sums else more
         full = [
             sums[i] if i in sums else jnp.zeros(jnp.shape(leaves[i]), jnp.float32)

@@ -9,6 +9,9 @@ two forms:
   clipping, but S A B entries an example that are written, read for the norm and read
   for the sum.
 
+A tied embedding's two uses can take one form each: the output's product is materialised in
+16 bits, the looked-up rows are not.
+
 :mod:`dpfa_jax.clipping.cost` predicts both.
 """
 
@@ -24,8 +27,9 @@ from dpfa_jax.clipping.trace import Trace
 from dpfa_jax.clipping.views import disjoint
 
 Form = Literal["gram", "materialised", "unused"]
-# The Gram form is taken where its predicted time is at most this share of the other's.
-_PREFERENCE = 1.0
+# The Gram form is taken where its predicted time is at most this share of the other's: more
+# than one, because it holds less.
+_PREFERENCE = 1.2
 # Per-example gradients may take this many times the memory of the activations and
 # cotangents that the other form holds.
 _MEMORY_SHARE = 2.0
@@ -41,6 +45,8 @@ class LeafPlan:
         extra_seconds: predicted, beyond a gradient without clipping.
         held_bytes: until the norm of the whole gradient is known.
         dtype: in which a materialised gradient is kept; None is as it comes.
+        product: of the Gram form: whether its one dense product is materialised after all, and
+            only what looks rows up is not.
     """
 
     form: Form
@@ -48,6 +54,7 @@ class LeafPlan:
     extra_seconds: float = 0.0
     held_bytes: float = 0.0
     dtype: Any = None
+    product: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +121,14 @@ def separable(groups: Sequence[Sequence[Site]]) -> bool:
     return all(disjoint(a, b) for a, b in pairs)
 
 
+def has_one_product(groups: Sequence[Sequence[Site]]) -> bool:
+    """Whether a leaf is used in one matrix product, and else to look rows up."""
+    if len(groups) != 1:
+        return False
+    dense = [site for site in groups[0] if not cost.indexes(site)]
+    return len(dense) == 1 < len(groups[0]) and dense[0].kind == "dot"
+
+
 def _cheaper(
     groups: Sequence[Sequence[Site]], shape: Sequence[int], machine: cost.Machine
 ) -> LeafPlan:
@@ -125,8 +140,19 @@ def _cheaper(
     whole = float(dtype.itemsize * math.prod(shape))
     why = " and ".join(dict.fromkeys(s.kind for s in sites))
     why += f": Gram {1e6 * gram:.3g}, materialised {1e6 * direct:.3g} µs an example"
-    if gram <= _PREFERENCE * direct:
+    mixed, kept = math.inf, held
+    if has_one_product(groups):
+        (product,) = (s for s in sites if not cost.indexes(s))
+        looked_up = [s for s in sites if cost.indexes(s)]
+        short = cost.entry_dtype([product])
+        mixed = cost.materialised_seconds([product], shape, machine)
+        mixed += cost.gram_seconds(looked_up, machine)
+        kept = float(short.itemsize * math.prod(shape)) + sum(map(cost.held_bytes, looked_up))
+        why += f", its product alone {1e6 * mixed:.3g}"
+    if gram <= _PREFERENCE * min(direct, mixed):
         return LeafPlan("gram", why, gram, held)
+    if mixed < direct and kept <= _MEMORY_SHARE * held:
+        return LeafPlan("gram", why, mixed, kept, short, product=True)
     if whole > _MEMORY_SHARE * held:
         return LeafPlan("gram", f"{why}, but {whole / 2**20:.1f} MiB of it", gram, held)
     return LeafPlan("materialised", why, direct, whole, dtype)

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float, Float32
 
 from dpfa_jax.clipping.recognise import Axes, Site
+from dpfa_jax.clipping.tree import squared_norm
 from dpfa_jax.clipping.views import to_leaf
 from pallas_kernels.grad_norm import (
     Norms,
@@ -130,14 +131,24 @@ def merged(blocks: Sequence[Block]) -> list[Block]:
     return result
 
 
+def product_of(block: Block) -> Float[Array, "n s a b"]:
+    """P of each example, of a dense block, in the dtype of its rows."""
+    left, right = (x.rows for x in block)
+    return jnp.einsum("nsta,nstb->nsab", left, right, preferred_element_type=left.dtype)
+
+
 def squared_norms(
-    blocks: Sequence[Block], own: Sequence[Norms] | None = None
+    blocks: Sequence[Block],
+    own: Sequence[Norms] | None = None,
+    product: Float[Array, "n s a b"] | None = None,
 ) -> Float32[Array, "n"]:
     """‖P_n‖² of each example, not below its true value by more than rounding's allowance.
 
     Args:
         blocks: those of all sites of one leaf, all of one layout.
         own: what :func:`own_terms` gives for them; None means that it is computed here.
+        product: what is to be added to P; then every block has row numbers on one side, and
+            with S what the blocks give, ‖P + S‖² = ‖P‖² + 2 Σ_t P[i_t]·r_t + ‖S‖².
     """
     parts = own_terms([blocks])[0] if own is None else own
     total = sum((p.squared for p in parts[1:]), parts[0].squared)
@@ -146,6 +157,10 @@ def squared_norms(
             left, right = (_gram(x, y) for x, y in zip(first, second, strict=True))
             total = total + 2.0 * jnp.sum(left * right, axis=(1, 2, 3))
     outer = sum((p.spread for p in parts[1:]), parts[0].spread)
+    if product is not None:
+        alone = squared_norm(product)
+        total = total + alone + 2.0 * sum(_looked_up(product, block) for block in blocks)
+        outer = outer + jnp.sqrt(alone)
     tiny = jnp.float32(0.0)
     for (a, b), part in zip(blocks, parts, strict=True):
         tiny = tiny + a.rows.shape[2] * (b.width * part.x_squared + a.width * part.g_squared)
@@ -210,6 +225,15 @@ def _truncation(blocks: Sequence[Block]) -> float:
     return max(short, default=0) / 16 * 2.0**-23
 
 
+def _looked_up(product: jax.Array, block: Block) -> Float32[Array, "n"]:
+    """Σ_t P[i_t]·r_t, i the numbers on one side and r the rows on the other."""
+    index, rows = block if block[0].is_index else block[::-1]
+    table = product if block[0].is_index else jnp.swapaxes(product, 2, 3)
+    # Rows with the number -1 hold zeros.
+    found = jnp.take_along_axis(table, jnp.maximum(index.rows, 0)[..., None], axis=2)
+    return jnp.sum(found.astype(jnp.float32) * rows.rows.astype(jnp.float32), axis=(1, 2, 3))
+
+
 def _gram(a: Factor, b: Factor) -> Float32[Array, "n s t u"]:
     """Products of all rows of ``a`` with all rows of ``b``, float32."""
     if a.is_index and b.is_index:
@@ -239,7 +263,10 @@ def _alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def weighted_products(
-    site: Site, blocks: Sequence[Block], factor: Float32[Array, "n"] | None
+    site: Site,
+    blocks: Sequence[Block],
+    factor: Float32[Array, "n"] | None,
+    product: Float32[Array, "s a b"] | None = None,
 ) -> Float32[Array, "..."]:
     """Σ_n f_n P_n with the shape of the leaf.
 
@@ -247,9 +274,10 @@ def weighted_products(
         site: any of the sites, for the layout.
         blocks: of all of them.
         factor: f; None means ones.
+        product: the weighted sum of what is in no block.
     """
     stack, _, left, right = site.sizes
-    total = jnp.zeros((stack, left, right), jnp.float32)
+    total = jnp.zeros((stack, left, right), jnp.float32) if product is None else product
     for a, b in blocks:
         if factor is not None:
             # The narrower side is scaled: less to write.

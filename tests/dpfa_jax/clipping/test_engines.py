@@ -61,6 +61,8 @@ def choose(form, monkeypatch):
     """One form for every leaf that has a choice."""
     monkeypatch.setattr(plan, "_PREFERENCE", FORMS[form])
     monkeypatch.setattr(plan, "_MEMORY_SHARE", math.inf)
+    if form == "materialised":
+        monkeypatch.setattr(plan, "has_one_product", lambda groups: False)
 
 
 def tolerance_of(name):
@@ -89,6 +91,48 @@ def test_engines_against_single_gradients(name, engine, form, monkeypatch):
     slack = 3e-4 if engine == "two_pass" else 0.0
     actual = jax.jit(grad)(params, *batch)
     assert_close(actual, expected(singles, clip, groups), tolerance_of(name) + slack)
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [
+        ("bookkeeping", jnp.float32),
+        ("per_layer", jnp.float32),
+        ("bookkeeping", jnp.bfloat16),
+    ],
+)
+def test_the_product_of_a_tied_embedding_is_materialised_alone(engine, dtype, monkeypatch):
+    monkeypatch.setattr(plan, "_PREFERENCE", 0.0)
+    monkeypatch.setattr(plan, "_MEMORY_SHARE", math.inf)
+    loss, params, batch, *_ = case("tied_decoder")
+
+    @jax.numpy_dtype_promotion("standard")  # Flax's norms
+    def short(p, row):
+        return loss(jax.tree.map(lambda x: x.astype(dtype), p), row).astype(jnp.float32)
+
+    singles = [
+        [np.asarray(g, np.float64) for g in jax.tree.leaves(jax.grad(short)(params, row))]
+        for row in batch[0]
+    ]
+    norms = [math.sqrt(sum(np.sum(g**2) for g in single)) for single in singles]
+    clip = float(np.median(norms))
+    grad = clipped_grad(short, l2_clip_norm=clip, engine=engine)
+    (tied,) = (p for p in grad.explain(params, *batch).leaves if p.product)
+    assert (tied.form, tied.dtype) == ("gram", dtype)
+    groups = list(range(len(singles[0]))) if engine == "per_layer" else None
+    actual = jax.jit(grad)(params, *batch)
+    tolerance = 2e-5 if dtype == jnp.float32 else 2e-2
+    assert_close(actual, expected(singles, clip, groups), tolerance)
+    # An example that is not finite is left out of the product too.
+    rows = batch[0]
+
+    def with_a_bad_one(p, row):
+        return short(p, row) * jnp.where(jnp.all(row == rows[1]), jnp.inf, 1.0)
+
+    grad = clipped_grad(with_a_bad_one, l2_clip_norm=clip, engine=engine)
+    actual = jax.jit(grad)(params, *batch)
+    del singles[1]
+    assert_close(actual, expected(singles, clip, groups), tolerance)
 
 
 # Of each model, what must be handled without materialising anything; what is left out here

@@ -112,3 +112,36 @@ def test_the_raise_covers_sums_that_are_cut(rows, alike, monkeypatch):
         Factor(jnp.asarray(y)[None, None].astype(jnp.bfloat16), y.shape[1]) for y in sides
     )
     assert found * (1 + sites._truncation([block])) >= true
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.booleans(),
+    st.sampled_from(["float32", "bfloat16"]), st.integers(0, 2**31),
+)  # fmt: skip
+def test_a_product_and_looked_up_rows_are_one_gradient(
+    rows, looked_up, width, on_left, dtype, seed
+):
+    """‖P + S‖ with P in its dtype and S only as rows and their numbers, some of them absent."""
+    rng, height = np.random.default_rng(seed), 7
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32).astype(dtype)
+
+    dense = Factor(draw(3, 2, rows, height), height), Factor(draw(3, 2, rows, width), width)
+    numbers = jnp.asarray(rng.integers(-1, height, (3, 2, looked_up)), jnp.int32)
+    found = jnp.where((numbers >= 0)[..., None], draw(3, 2, looked_up, width), 0)
+    index = Factor(numbers, height), Factor(found, width)
+    blocks = [dense, index] if on_left else [dense[::-1], index[::-1]]
+    product = sites.product_of(blocks[0])
+    assert product.dtype == dtype
+    whole = np.asarray(product, np.float64)
+    place = np.asarray(numbers)[..., None] == np.arange(height)
+    rest = np.einsum("nsta,nstb->nsab", place.astype(np.float64), np.asarray(found, np.float64))
+    whole = whole + (rest if on_left else rest.swapaxes(2, 3))
+    true = np.sum(whole**2, axis=(1, 2, 3))
+    got = np.asarray(squared_norms(blocks[1:], None, product), np.float64)
+    spread = np.linalg.norm(product.astype(jnp.float32).reshape(3, -1), axis=1)
+    spread = spread + np.sum(np.linalg.norm(found.astype(jnp.float32), axis=3), axis=(1, 2))
+    assert (got >= true * (1 - 1e-6)).all()
+    assert (got <= true + 3e-6 * spread**2 + 1e-30).all()

@@ -34,7 +34,10 @@ def add_parser(commands: Any) -> None:
         "engine that runs here. Exits with 1 if a claim fails.",
     )
     parser.add_argument(
-        "--only", choices=("attention", "training"), default=None, help="(default: both)"
+        "--only",
+        choices=("attention", "training", "sampling"),
+        default=None,
+        help="sampling is training on Poisson batches (default: all)",
     )
     parser.add_argument(
         "--implementation",

@@ -13,10 +13,11 @@ import jax
 from dpfa_jax import keys
 from dpfa_jax.audit.attention import attention_cases, audit_attention
 from dpfa_jax.audit.result import AuditResult
+from dpfa_jax.audit.sampled import audit_sampled, sampled_cases
 from dpfa_jax.audit.training import audit_training, engines, training_cases
 from pallas_kernels.attention import api as kernels
 
-KINDS = ("attention", "training")
+KINDS = ("attention", "training", "sampling")
 _REPORTED_VERSIONS = ("dpfa_jax", "jax", "dp-accounting")
 
 
@@ -77,6 +78,9 @@ def audits(
             for engine in engines()
             if engine in wanted
         ]
+    if only in (None, "sampling"):
+        # The engines' clipping is attacked above; here it is the sampler's law.
+        todo += [attack(audit_sampled, case, engine="auto") for case in sampled_cases()]
     if not todo:
         raise ValueError(f"implementations={implementations!r}: none of them runs here.")
     return todo

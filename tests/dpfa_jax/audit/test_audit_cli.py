@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpfa_jax import cli
-from dpfa_jax.audit import attention_cases, engines, judge, suite, training_cases
+from dpfa_jax.audit import attention_cases, engines, judge, sampled_cases, suite, training_cases
 from dpfa_jax.mechanisms import attention as sensitivity
 
 
@@ -20,6 +20,7 @@ def few(monkeypatch):
     monkeypatch.setattr(suite, "attention_cases", lambda: attention)
     monkeypatch.setattr(suite, "training_cases", lambda: training_cases()[:1])
     monkeypatch.setattr(suite, "engines", lambda: ("vmap",))
+    monkeypatch.setattr(suite, "sampled_cases", lambda: ())
 
 
 @pytest.mark.usefixtures("few")
@@ -146,11 +147,13 @@ def test_everything_that_runs_here_is_attacked(monkeypatch):
 
     monkeypatch.setattr(suite, "audit_attention", record)
     monkeypatch.setattr(suite, "audit_training", record)
+    monkeypatch.setattr(suite, "audit_sampled", record)
     monkeypatch.setattr(suite, "training_cases", lambda: training_cases()[:2])
     monkeypatch.setattr(suite, "attention_cases", lambda: attention_cases()[:2])
     list(suite.run_audits(samples=20))
     expected = [(c.name, name) for c in attention_cases()[:2] for name in c.implementations()]
     expected += [(c.name, engine) for c in training_cases()[:2] for engine in engines()]
+    expected += [(case.name, "auto") for case in sampled_cases()]
     assert seen == expected
     assert "vmap" in engines()
     assert "auto" not in engines()

@@ -19,7 +19,9 @@ from dpfa_jax.accounting import convention, events
 from dpfa_jax.audit import (
     attention_cases,
     audit_attention,
+    audit_sampled,
     audit_training,
+    sampled_cases,
     training,
     training_cases,
 )
@@ -342,7 +344,36 @@ def test_clip_of_the_batch_not_the_example(monkeypatch):
     assert result.verdict == "broken", result.to_json()
 
 
-# --- bugs that no attack on a Gaussian release sees, and the test that does --------------
+# --- sampling -----------------------------------------------------------------------------
+
+
+_SAMPLING_BUGS = {
+    "shuffled batches accounted as Poisson": (
+        PoissonSampler.sample,
+        "join, order = map(np.asarray, _words(self._key, jnp.uint32(index), self._like))\n"
+        "    chosen = np.flatnonzero(join.astype(np.uint64) < self._threshold)",
+        "join, order = map(np.asarray, _words(self._key, jnp.uint32(0), self._like))\n"
+        "    chosen = np.flatnonzero(join >> 30 == index)",  # an epoch is four batches
+    ),
+    "records join twice as often as accounted": (
+        PoissonSampler.sample,
+        "join.astype(np.uint64) < self._threshold", "join.astype(np.uint64) < 2 * self._threshold",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", _SAMPLING_BUGS)
+def test_sampling(bug, monkeypatch):
+    function, old, new = _SAMPLING_BUGS[bug]
+    mutants.patch_line(monkeypatch, function, old, new, PoissonSampler)
+    case = sampled_cases()[0]
+    assert (case.sampling_probability, case.steps) == (0.25, 4)
+    key = keys.reproducible_key(985 + list(_SAMPLING_BUGS).index(bug))
+    result = audit_sampled(case, rng=key, samples=4000)
+    assert result.verdict == "broken", result.to_json()
+
+
+# --- bugs that no attack on a release sees, and the test that does --------------
 
 
 def test_truncated_batches_accounted_as_plain(monkeypatch):
@@ -399,7 +430,8 @@ def test_norms_summed_in_bfloat16(monkeypatch):
 def test_the_table_names_every_bug():
     page = (Path(__file__).parents[3] / "docs" / "auditing.md").read_text(encoding="utf-8")
     table = page[page.index("## Planted bugs") : page.index("## What is not audited")]
-    bugs = [*_ATTENTION_BUGS, *_NOISE_BUGS, *(b for b in _CLIPPING_BUGS if b != "none")]
+    bugs = [*_ATTENTION_BUGS, *_NOISE_BUGS, *_SAMPLING_BUGS, *_CLIPPING_BUGS]
+    bugs.remove("none")
     assert len(bugs) >= 35
     for bug in bugs:
         assert bug in table, bug

@@ -7,6 +7,7 @@ stands only if each of these limits works. The other records are known to the at
 
 import dataclasses
 import math
+import typing
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,10 +28,14 @@ _DIRECTION = np.array([0.5, -0.5, 0.1, 0.7])
 _DIRECTION /= np.linalg.norm(_DIRECTION)
 _NUM_KEYS, _CANARY, _HIDDEN = 320, 256, 32
 _OVER_BOUND, _OVER_CLIP, _NO_WEIGHT = BOUND + 4.0, 30.0 * CLIP, -1e4
-# Logits in memory at once; larger audits go through several calls.
-_LOGITS = 1 << 23
-# Elements of a batch hold different records, so each gives samples of its own.
-_BATCH = 2
+# Rows of an element of the batch that see the record; each group of ``case.rows`` is a sample.
+_ROWS, _TWIN_ROWS = 256, 128
+# Logits in memory at once; larger audits go through several calls of one compiled program.
+_LOGITS, _LOGITS_GPU = 1 << 23, 1 << 27
+# Outputs in 16 bits are rounded: fewer other records let the noise be larger than that.
+_FEW = np.arange(_NUM_KEYS) % 10 < 3
+
+_Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,9 +55,10 @@ class AttentionCase:
         hidden: what hides columns in which the attack stands once more.
         dtype: of queries, keys and values.
         poison: whether the record is NaN; such a claim is not reached.
-        has_known_twin: whether only the first element of each pair in the batch holds the
-            record, and the attack subtracts the second, which it knows: noise that the
-            elements shared would cancel. Such a claim is not reached.
+        twin: what else is released with the same values but not on the record, and so known
+            to the attack, which subtracts it: the next element of the ``'batch'``, or a
+            ``'row'`` that sees only the columns before the record (``is_causal``). Noise that
+            the two shared would cancel. Such a claim is not reached.
         rounds: as in :class:`dpfa_jax.AttentionPrivacy`.
     """
 
@@ -66,9 +72,9 @@ class AttentionCase:
     calls: int = 1
     is_causal: bool = False
     hidden: Literal["lengths", "mask"] | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: _Dtype = "float32"
     poison: bool = False
-    has_known_twin: bool = False
+    twin: Literal["batch", "row"] | None = None
     rounds: Literal[20, 12, 8] = 20
 
     def privacy(self, mu: float) -> AttentionPrivacy:
@@ -87,17 +93,10 @@ class AttentionCase:
 
     def implementations(self, mu: float = 1.0) -> tuple[str, ...]:
         """The implementations that can do this case on this machine, best first."""
-        query = jax.ShapeDtypeStruct((_BATCH, 512, self.heads, DEPTH), jnp.dtype(self.dtype))
-        key = jax.ShapeDtypeStruct((_BATCH, _NUM_KEYS, self.kv_heads, DEPTH), query.dtype)
-        spec = self.privacy(mu).spec(
-            scale=_SCALE,
-            head_dim=DEPTH,
-            num_keys=_NUM_KEYS,
-            dtype=self.dtype,
-            is_causal=self.is_causal,
-        )
+        query = jax.ShapeDtypeStruct((2, 2 * _ROWS, self.heads, DEPTH), jnp.dtype(self.dtype))
+        key = jax.ShapeDtypeStruct((2, _NUM_KEYS, self.kv_heads, DEPTH), query.dtype)
         has_mask = self.hidden == "mask" or self.rows_per_record > 1
-        reasons = kernels.explain(query, key, spec, has_mask=has_mask)
+        reasons = kernels.explain(query, key, _spec(self, mu), has_mask=has_mask)
         return tuple(name for name, reason in reasons if reason is None)
 
 
@@ -109,33 +108,46 @@ def attention_cases() -> tuple[AttentionCase, ...]:
         True
     """
     cases = []
-    for adjacency in ("add_remove", "replace_one"):
-        for name, options in (
-            ("one row", {}),
-            ("three rows a record", {"rows_per_record": 3}),
-            ("grouped queries", {"rows": 2, "heads": 4, "kv_heads": 2}),
-            ("causal", {"is_causal": True}),
-            ("lengths", {"hidden": "lengths"}),
-            ("mask", {"hidden": "mask"}),
-            ("two layers", {"calls": 2}),
-            ("not a number", {"poison": True}),
-            ("a known twin in the batch", {"has_known_twin": True}),
-        ):
-            full = f"record, {adjacency}, {name}"
-            cases.append(AttentionCase(name=full, unit="record", adjacency=adjacency, **options))
-    for dtype in ("bfloat16", "float16"):
-        name = f"record, replace_one, {dtype}"
-        cases.append(AttentionCase(name=name, unit="record", adjacency="replace_one", dtype=dtype))
-    for name, options in (
-        ("one row", {}),
-        ("grouped queries", {"rows": 2, "heads": 4, "kv_heads": 2}),
-        ("two layers", {"calls": 2}),
-        ("bfloat16", {"dtype": "bfloat16"}),
-        ("not a number", {"poison": True}),
-        ("8 rounds", {"rounds": 8}),
-    ):
-        full = f"sequence, replace_one, {name}"
-        cases.append(AttentionCase(name=full, unit="sequence", adjacency="replace_one", **options))
+    records: dict[str, dict[str, Any]] = {
+        "one row": {},
+        "three rows a record": {"rows_per_record": 3},
+        "grouped queries": {"rows": 2, "heads": 4, "kv_heads": 2},
+        "causal": {"is_causal": True},
+        "lengths": {"hidden": "lengths"},
+        "mask": {"hidden": "mask"},
+        "two layers": {"calls": 2},
+        "not a number": {"poison": True},
+        "a known twin in the batch": {"twin": "batch"},
+        "a known twin row": {"twin": "row", "is_causal": True},
+    }
+    sequences: dict[str, dict[str, Any]] = {
+        "one row": {},
+        "grouped queries": {"rows": 2, "heads": 4, "kv_heads": 2},
+        "two layers": {"calls": 2},
+        "not a number": {"poison": True},
+        "8 rounds": {"rounds": 8},
+    }
+    # The fastest kernels take 16 bits only, and no mask.
+    no_mask = [name for name in records if name not in ("three rows a record", "mask")]
+    for dtype in typing.get_args(_Dtype):
+        names = {"float32": list(records), "bfloat16": no_mask}.get(dtype, ["one row"])
+        suffix = "" if dtype == "float32" else f", {dtype}"
+        for adjacency in ("add_remove", "replace_one"):
+            cases += [
+                AttentionCase(
+                    name=f"record, {adjacency}, {name}{suffix}", unit="record",
+                    adjacency=adjacency, dtype=dtype, **records[name],
+                )
+                for name in names
+            ]  # fmt: skip
+        cases += [
+            AttentionCase(
+                name=f"sequence, replace_one, {name}{suffix}", unit="sequence",
+                adjacency="replace_one", dtype=dtype, **options,
+            )
+            for name, options in sequences.items()
+            if dtype != "float16" or name == "one row"
+        ]  # fmt: skip
     return tuple(cases)
 
 
@@ -156,9 +168,15 @@ def _places(case: AttentionCase) -> np.ndarray:
     return np.arange(3, _CANARY, 17)[: 2 * case.rows_per_record]
 
 
-def _inputs(case: AttentionCase, *, positive: bool, along: float) -> _Inputs:
+def _has_few(case: AttentionCase) -> bool:
+    return case.dtype != "float32" and case.adjacency == "add_remove"
+
+
+def _inputs(case: AttentionCase, *, positive: bool, along: float, batch: int) -> _Inputs:
     """A neighbour. ``along``: the length of the other records' values, with its sign."""
     logits, lengths = np.full(_NUM_KEYS, BOUND), np.full(_NUM_KEYS, along)
+    if _has_few(case):
+        logits[~_FEW] = _NO_WEIGHT
     end = _NUM_KEYS - _HIDDEN if case.hidden else _NUM_KEYS
     if case.unit == "sequence":
         at: Any = slice(None)
@@ -177,8 +195,8 @@ def _inputs(case: AttentionCase, *, positive: bool, along: float) -> _Inputs:
         logits[at] = _NO_WEIGHT
     if case.poison and positive:
         logits[_CANARY], lengths[_CANARY] = np.nan, np.nan
-    shape = (_BATCH, _NUM_KEYS, case.kv_heads, DEPTH)
-    key = np.broadcast_to(logits[:, None, None] / (_SCALE * DEPTH), shape[1:])
+    shape = (_NUM_KEYS, case.kv_heads, DEPTH)
+    key = np.broadcast_to(logits[:, None, None] / (_SCALE * DEPTH), shape)
     value = lengths[:, None, None] * _signs(case.kv_heads)[:, None] * _DIRECTION
     ids = None
     if case.rows_per_record > 1:
@@ -187,12 +205,12 @@ def _inputs(case: AttentionCase, *, positive: bool, along: float) -> _Inputs:
     column = np.arange(_NUM_KEYS)
 
     def batched(x: np.ndarray, dtype: str) -> Array:
-        return jnp.asarray(np.broadcast_to(x, (_BATCH, *x.shape)), jnp.dtype(dtype))
+        return jnp.asarray(np.broadcast_to(x.astype(jnp.dtype(dtype)), (batch, *x.shape)))
 
     return _Inputs(
         key=batched(key, case.dtype),
         value=batched(value, case.dtype),
-        lengths=jnp.full(_BATCH, end, jnp.int32) if case.hidden == "lengths" else None,
+        lengths=jnp.full(batch, end, jnp.int32) if case.hidden == "lengths" else None,
         mask=jnp.asarray(column < end)[None, None, None] if case.hidden == "mask" else None,
         record_ids=None if ids is None else batched(ids, "int32"),
     )
@@ -203,11 +221,43 @@ def _signs(count: int) -> np.ndarray:
     return 1.0 - 2.0 * (np.arange(count) % 2)
 
 
-def _attend(case: AttentionCase, mu: float, implementation: str | None, num_rows: int) -> Any:
-    """The compiled call: a neighbour and a key to the outputs, [calls, B, T, N, H]."""
-    query = jnp.ones((_BATCH, num_rows, case.heads, DEPTH), jnp.dtype(case.dtype))
+class _Shape(NamedTuple):
+    """Of one call: elements of the batch, query rows, how many of these are not scored."""
+
+    batch: int
+    rows: int
+    first: int
+
+
+def _shape(case: AttentionCase, samples: int) -> _Shape:
+    """Many samples in one call: groups of rows, and elements of the batch."""
+    per_sample = 2 if case.twin == "batch" else 1
+    groups = min(_ROWS // case.rows, -(-samples * per_sample // 2))
+    first = _CANARY if case.is_causal else 0
+    if case.twin == "row":
+        groups, first = _TWIN_ROWS, _CANARY - _TWIN_ROWS
+    rows = first + (2 if case.twin == "row" else 1) * groups * case.rows
+    logits = _LOGITS_GPU if jax.default_backend() == "gpu" else _LOGITS
+    most = max(1, logits // (2 * rows * case.heads * _NUM_KEYS))
+    return _Shape(2 * min(most, -(-samples * per_sample // (2 * groups))), rows, first)
+
+
+def _attend(
+    case: AttentionCase, mu: float, implementation: str | None, shape: _Shape, along: float
+) -> Any:
+    """The compiled call: a neighbour and a key to scores, as :func:`audit_attention` says."""
+    query = jnp.ones((shape.batch, shape.rows, case.heads, DEPTH), jnp.dtype(case.dtype))
     privacy, chosen = case.privacy(mu), implementation  # a name that explain() allows
     signs = [jnp.asarray(sign, query.dtype) for sign in _signs(case.calls)]
+    spec = _spec(case, mu)
+    total, std = np.ones(shape.rows), spec.numerator_std
+    if case.unit == "record":
+        std = math.hypot(spec.numerator_std, along * spec.denominator_std)
+        total = _others_seen(case, shape.rows)
+    unit = jnp.asarray(total[shape.first :, None] / std, jnp.float32)
+    head_sign = np.repeat(_signs(case.kv_heads), case.heads // case.kv_heads)
+    sign = jnp.asarray(head_sign * _signs(case.calls)[:, None, None, None], jnp.float32)
+    direction = jnp.asarray(_DIRECTION, jnp.float32)
 
     def attend(x: _Inputs, rng: Key[Array, ""]) -> Array:
         if case.calls == 1:
@@ -228,7 +278,25 @@ def _attend(case: AttentionCase, mu: float, implementation: str | None, num_rows
         with noise_key(rng):
             return jnp.stack([layer(query, x.key, sign * x.value) for sign in signs])
 
-    return jax.jit(attend)
+    def scores(x: _Inputs, rng: Key[Array, ""]) -> Array:
+        out = attend(x, rng)[:, :, shape.first :].astype(jnp.float32)
+        score = (jnp.sum(out * direction, axis=-1) * sign - jnp.float32(along)) * unit
+        if case.twin == "batch":
+            score = (score[:, 0::2] - score[:, 1::2]) * jnp.float32(2**-0.5)
+        if case.twin == "row":
+            score = (score[:, :, _TWIN_ROWS:] - score[:, :, :_TWIN_ROWS]) * jnp.float32(2**-0.5)
+        score = score.reshape(case.calls, -1, case.rows, case.heads)
+        releases = case.calls * case.rows * case.heads
+        return jnp.sum(score, axis=(0, 2, 3)) * jnp.float32(releases**-0.5)
+
+    return jax.jit(scores)
+
+
+def _spec(case: AttentionCase, mu: float) -> kernels.AttentionSpec:
+    return case.privacy(mu).spec(
+        scale=_SCALE, head_dim=DEPTH, num_keys=_NUM_KEYS, dtype=case.dtype,
+        is_causal=case.is_causal,
+    )  # fmt: skip
 
 
 def audit_attention(
@@ -270,46 +338,26 @@ def audit_attention(
     """
     check_audit(samples, mu)
     root = keys.take_key(rng)
-    spec = case.privacy(mu).spec(
-        scale=_SCALE, head_dim=DEPTH, num_keys=_NUM_KEYS, dtype=case.dtype,
-        is_causal=case.is_causal,
-    )  # fmt: skip
-    along, weight, std = 0.0, 1.0, spec.numerator_std
-    first = _CANARY if case.is_causal else 0
-    per_call = max(1, _LOGITS // (_BATCH * _NUM_KEYS * case.heads * case.rows))
-    per_group = 1 if case.has_known_twin else _BATCH
-    groups = min(-(-samples // per_group), per_call)
-    num_rows = first + groups * case.rows
-    total: float | np.ndarray = weight
-    if case.unit == "record":
-        if case.adjacency == "add_remove":
-            along = -((spec.numerator_std / spec.denominator_std) ** 2) / CLIP
-        std = math.hypot(spec.numerator_std, along * spec.denominator_std)
-        total = _others_seen(case, num_rows)[first:, None]
-    attend = _attend(case, mu, implementation, num_rows)
-    head_sign = np.repeat(_signs(case.kv_heads), case.heads // case.kv_heads)
+    along, spec = 0.0, _spec(case, mu)
+    if case.adjacency == "add_remove":
+        along = -((spec.numerator_std / spec.denominator_std) ** 2) / CLIP
+    shape = _shape(case, samples)
+    attend = _attend(case, mu, implementation, shape, along)
 
     def scores(positive: bool) -> np.ndarray:
-        inputs = _inputs(case, positive=positive, along=along)
-        if case.has_known_twin:
-            twin = _inputs(case, positive=False, along=along)
+        inputs = _inputs(case, positive=positive, along=along, batch=shape.batch)
+        if case.twin == "batch":
+            twin = _inputs(case, positive=False, along=along, batch=shape.batch)
             pairs = zip(inputs[:2], twin[:2], strict=True)
-            key, value = (x.at[1].set(y[1]) for x, y in pairs)
+            key, value = (x.at[1::2].set(y[1::2]) for x, y in pairs)
             inputs = inputs._replace(key=key, value=value)
         mine = jax.random.fold_in(root, int(positive))
-        parts: list[np.ndarray] = []
+        parts: list[Array] = []
         count = 0
         while count < samples:
-            out = attend(inputs, jax.random.fold_in(mine, len(parts)))
-            x = np.asarray(out.astype(jnp.float32), np.float64)[:, :, first:] @ _DIRECTION
-            x = x * head_sign * _signs(case.calls)[:, None, None, None]
-            x = (x - along) * total / std
-            if case.has_known_twin:
-                x = (x[:, :1] - x[:, 1:]) / math.sqrt(_BATCH)
-            x = x.reshape(case.calls, -1, case.rows, case.heads)
-            parts.append(x.sum(axis=(0, 2, 3)) / math.sqrt(case.calls * case.rows * case.heads))
+            parts.append(attend(inputs, jax.random.fold_in(mine, len(parts))))
             count += parts[-1].size
-        return np.concatenate(parts)[:samples]
+        return np.concatenate([np.asarray(x, np.float64) for x in parts])[:samples]
 
     event = attention_event(case.privacy(mu), (1, case.rows, case.heads, DEPTH), case.calls)
     name = case.name if implementation is None else f"{case.name}, {implementation}"
@@ -321,13 +369,13 @@ def audit_attention(
         scores(True),
         delta=delta,
         confidence=confidence,
-        is_tight=not (case.poison or case.has_known_twin),
+        is_tight=not (case.poison or case.twin),
     )
 
 
 def _others_seen(case: AttentionCase, num_rows: int) -> np.ndarray:
     """How many of the other records each row sees, all of weight one."""
-    counts = np.ones(_NUM_KEYS)
+    counts = np.where(_FEW, 1.0, 0.0) if _has_few(case) else np.ones(_NUM_KEYS)
     counts[_places(case)] = 1.0 if case.adjacency == "replace_one" else 0.0
     if case.rows_per_record > 1 and case.adjacency == "replace_one":
         counts[_places(case)[case.rows_per_record :]] = 0.0

@@ -50,6 +50,10 @@ class GdpBound:
         """The lower bound on ε at ``delta``: that of a μ-GDP mechanism."""
         return gdp_epsilon(self.mu, delta)
 
+    def again(self, negatives: np.ndarray, positives: np.ndarray, confidence: float) -> "GdpBound":
+        """The same for other scores, or another confidence."""
+        return gdp_lower_bound(negatives, positives, confidence=confidence)
+
 
 def check_audit(samples: int, mu: float) -> None:
     """Raises ValueError unless an audit can take these: samples >= 20, a finite μ > 0."""
@@ -135,17 +139,13 @@ def gdp_lower_bound(
         >>> 0.9 < bound.mu < 1.0
         True
     """
-    if not (isinstance(confidence, float) and 0 < confidence < 1):
-        raise ValueError(f"confidence={confidence!r}: allowed is a number above 0 and below 1.")
-    negatives, positives = _checked("negatives", negatives), _checked("positives", positives)
-    pilots = [x[: x.size // _PILOT] for x in (negatives, positives)]
+    pilots, (negatives, positives) = split_scores(negatives, positives, confidence)
     threshold = float(sum(np.median(x) for x in pilots) / 2)
-    negatives, positives = (x[x.size // _PILOT :] for x in (negatives, positives))
     false_positives = int((negatives > threshold).sum())
     false_negatives = int((positives <= threshold).sum())
-    miss = (1.0 - confidence) / 2
-    alpha = _upper_rate(false_positives, negatives.size, miss)
-    beta = _upper_rate(false_negatives, positives.size, miss)
+    alpha, beta = upper_rates(
+        false_positives, false_negatives, negatives.size, positives.size, confidence
+    )
     mu = max(0.0, float(scipy.stats.norm.isf(alpha) - scipy.stats.norm.ppf(beta)))
     return GdpBound(
         mu,
@@ -155,4 +155,31 @@ def gdp_lower_bound(
         false_negatives,
         int(negatives.size),
         int(positives.size),
+    )
+
+
+def split_scores(
+    negatives: Float[np.ndarray, "n"], positives: Float[np.ndarray, "m"], confidence: float
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The first tenths, which choose a threshold, and the rest, which is counted.
+
+    Raises:
+        ValueError: for fewer than 20 scores, a NaN, or a confidence that is not allowed.
+    """
+    if not (isinstance(confidence, float) and 0 < confidence < 1):
+        raise ValueError(f"confidence={confidence!r}: allowed is a number above 0 and below 1.")
+    both = [_checked("negatives", negatives), _checked("positives", positives)]
+    cuts = [x.size // _PILOT for x in both]
+    pilots = [x[:n] for x, n in zip(both, cuts, strict=True)]
+    return pilots, [x[n:] for x, n in zip(both, cuts, strict=True)]
+
+
+def upper_rates(
+    false_positives: int, false_negatives: int, negatives: int, positives: int, confidence: float
+) -> tuple[float, float]:
+    """Limits that both error rates keep below, together with probability ``confidence``."""
+    miss = (1.0 - confidence) / 2
+    return (
+        _upper_rate(false_positives, negatives, miss),
+        _upper_rate(false_negatives, positives, miss),
     )

@@ -4,6 +4,7 @@ import argparse
 import math
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,24 @@ def add_parser(commands: Any) -> None:
         "engine that runs here. Exits with 1 if a claim fails.",
     )
     parser.add_argument(
-        "--only", choices=("attention", "training"), default=None, help="(default: both)"
+        "--only",
+        choices=("attention", "training", "sampling"),
+        default=None,
+        help="sampling is training on Poisson batches (default: all)",
+    )
+    parser.add_argument(
+        "--implementation",
+        action="append",
+        metavar="NAME",
+        help="only this implementation of attention or engine of training; may be given again "
+        "(default: all that run here)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=_between(int, 0, math.inf),
+        default=1,
+        metavar="N",
+        help="audits at the same time; 8 on a GPU, where compiling takes longest (default: 1)",
     )
     parser.add_argument(
         "--samples",
@@ -72,10 +90,21 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             except OSError as error:
                 print(f"dpfa: {path}: cannot be written ({error.strerror}).", file=sys.stderr)
                 return 2
+    started = time.monotonic()
     findings = []
-    for finding in suite.run_audits(
-        only=args.only, samples=args.samples, delta=args.delta, confidence=args.confidence
-    ):
+    try:
+        audits = suite.run_audits(
+            jobs=args.jobs,
+            only=args.only,
+            implementations=args.implementation,
+            samples=args.samples,
+            delta=args.delta,
+            confidence=args.confidence,
+        )
+    except ValueError as error:
+        print(f"dpfa: {error}", file=sys.stderr)
+        return 2
+    for finding in audits:
         findings.append(finding)
         r = finding.result
         if r is None:
@@ -87,7 +116,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             f"ratio {r.ratio:.3f}{tight}",
             flush=True,
         )
-    facts = suite.to_json(findings, shlex.join(["dpfa", *argv]))
+    command = shlex.join(["dpfa", *argv])
+    facts = suite.to_json(findings, command, time.monotonic() - started)
     if args.json is not None:
         write_json(args.json, facts)
     if args.html is not None:

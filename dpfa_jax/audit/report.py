@@ -7,9 +7,9 @@ from typing import Any
 
 import matplotlib.figure
 import numpy as np
-import scipy.stats
 from matplotlib.axes import Axes
 
+from dpfa_jax.audit.curves import Claim
 from dpfa_jax.audit.result import AuditResult
 from dpfa_jax.audit.suite import Finding
 
@@ -50,9 +50,9 @@ def _roc(axes: Axes, result: AuditResult) -> None:
         1.0 - np.searchsorted(np.sort(x), thresholds, side="right") / x.size
         for x in (result.negatives, result.positives)
     )
-    norm = scipy.stats.norm
-    alpha = norm.sf(np.linspace(5.0, -5.0, 200))
-    axes.plot(alpha, norm.sf(norm.isf(alpha) - result.claim_mu), color=_RED, label="the claim")
+    alpha = np.concatenate([np.geomspace(1e-6, 0.02, 60), np.linspace(0.02, 1.0, 140)])
+    least = Claim(result.event, result.adjacency).least_false_negatives(alpha)
+    axes.plot(alpha, 1.0 - least, color=_RED, label="what the claim's (ε, δ) curve allows")
     axes.plot(false, true, color=_GREEN, label="the attack")
     axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=":", label="guessing")
     axes.set_title("True over false positives", loc="left", fontsize=10)

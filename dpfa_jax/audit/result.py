@@ -1,6 +1,7 @@
 """What an audit found, and whether the claim stands."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from dpfa_jax.accounting import Accountant
-from dpfa_jax.audit.bounds import GdpBound, gdp_epsilon, gdp_lower_bound, gdp_mu
+from dpfa_jax.audit.bounds import GdpBound, gdp_lower_bound, gdp_mu
+from dpfa_jax.audit.curves import EventBound, MakeEvent, event_lower_bound
 
 # A score that is not a number tells the neighbours apart like a very large one.
 _NOT_A_NUMBER = 1e30
@@ -24,8 +26,8 @@ class AuditResult:
         adjacency: of the claim.
         delta: δ at which ε is compared.
         claim: ε at ``delta``, as the library's own event and accountant state it.
-        claim_mu: the same as a μ.
-        bound: the lower bound on μ, with its counts.
+        event: the claim itself.
+        bound: the lower bound, with its counts.
         is_tight: whether the attack can reach the claim, so that a bound far below it means
             wasted noise.
         negatives: every score under neighbour 0.
@@ -36,8 +38,8 @@ class AuditResult:
     adjacency: str
     delta: float
     claim: float
-    claim_mu: float
-    bound: GdpBound
+    event: dp_accounting.DpEvent = dataclasses.field(repr=False, compare=False)
+    bound: GdpBound | EventBound
     is_tight: bool
     negatives: Float[np.ndarray, "n"] = dataclasses.field(repr=False, compare=False)
     positives: Float[np.ndarray, "m"] = dataclasses.field(repr=False, compare=False)
@@ -47,10 +49,10 @@ class AuditResult:
         """Scores of each neighbour, the smaller number if they differ."""
         return min(self.negatives.size, self.positives.size)
 
-    @property
+    @functools.cached_property
     def epsilon(self) -> float:
         """The lower bound on ε at ``delta``."""
-        return gdp_epsilon(self.bound.mu, self.delta)
+        return self.bound.epsilon(self.delta)
 
     @property
     def ratio(self) -> float:
@@ -90,7 +92,7 @@ class AuditResult:
         Raises:
             ValueError: as :func:`gdp_lower_bound`.
         """
-        bound = gdp_lower_bound(self.negatives, self.positives, confidence=confidence)
+        bound = self.bound.again(self.negatives, self.positives, confidence)
         return dataclasses.replace(self, bound=bound)
 
     def to_json(self) -> dict[str, Any]:
@@ -104,8 +106,7 @@ class AuditResult:
             "epsilon_lower_bound": self.epsilon,
             "ratio": self.ratio,
             "least_ratio": self.least_ratio,
-            "mu_claimed": self.claim_mu,
-            "mu_lower_bound": self.bound.mu,
+            **self._parameter(),
             "confidence": self.bound.confidence,
             "samples": self.samples,
             "counted": [self.bound.negatives, self.bound.positives],
@@ -114,6 +115,13 @@ class AuditResult:
             "threshold": self.bound.threshold,
             "is_tight": self.is_tight,
         }
+
+    def _parameter(self) -> dict[str, Any]:
+        """The bound in the terms of its family, and the claim in the same."""
+        if isinstance(self.bound, GdpBound):
+            mu = gdp_mu(self.claim, self.delta)
+            return {"mu_claimed": mu, "mu_lower_bound": self.bound.mu}
+        return {"noise_multiplier_upper_bound": self.bound.noise_multiplier}
 
 
 def judge(
@@ -126,18 +134,21 @@ def judge(
     delta: float = 1e-5,
     confidence: float = 0.99,
     is_tight: bool = True,
+    make_event: MakeEvent | None = None,
 ) -> AuditResult:
     """Compares what the scores prove with what ``event`` claims.
 
     Args:
         name: what was attacked.
-        event: the claim, a composition of Gaussian releases.
+        event: the claim; a composition of Gaussian releases, unless ``make_event`` is given.
         adjacency: ``'add_remove'`` or ``'replace_one'``.
         negatives: scores under neighbour 0; NaN counts as telling the neighbours apart.
         positives: scores under neighbour 1.
         delta: where ε is compared.
         confidence: of the lower bound.
         is_tight: whether the attack can reach the claim.
+        make_event: the family of ``event``, by its noise multiplier; see
+            :func:`event_lower_bound`.
 
     Raises:
         ValueError: as :func:`gdp_lower_bound`; for a claim that is no finite ε > 0.
@@ -166,8 +177,10 @@ def judge(
         adjacency=adjacency,
         delta=delta,
         claim=claim,
-        claim_mu=gdp_mu(claim, delta),
-        bound=gdp_lower_bound(negatives, positives, confidence=confidence),
+        event=event,
+        bound=gdp_lower_bound(negatives, positives, confidence=confidence)
+        if make_event is None
+        else event_lower_bound(negatives, positives, make_event, adjacency, confidence=confidence),
         is_tight=is_tight,
         negatives=negatives,
         positives=positives,

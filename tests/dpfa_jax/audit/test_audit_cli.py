@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpfa_jax import cli
-from dpfa_jax.audit import attention_cases, engines, judge, suite, training_cases
+from dpfa_jax.audit import attention_cases, engines, judge, sampled_cases, suite, training_cases
 from dpfa_jax.mechanisms import attention as sensitivity
 
 
@@ -20,6 +20,7 @@ def few(monkeypatch):
     monkeypatch.setattr(suite, "attention_cases", lambda: attention)
     monkeypatch.setattr(suite, "training_cases", lambda: training_cases()[:1])
     monkeypatch.setattr(suite, "engines", lambda: ("vmap",))
+    monkeypatch.setattr(suite, "sampled_cases", lambda: ())
 
 
 @pytest.mark.usefixtures("few")
@@ -89,6 +90,7 @@ def test_a_refusal_is_reported_and_claims_nothing(monkeypatch, capsys, tmp_path)
         ("--confidence", "1"),
         ("--confidence", "99"),
         ("--only", "everything"),
+        ("--jobs", "0"),
     ],
 )
 def test_bad_options(option, value, capsys):
@@ -106,9 +108,31 @@ def test_a_path_that_cannot_be_written_is_found_before_the_work(tmp_path, capsys
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_only_is_checked():
+def test_a_name_that_is_not_there_or_does_not_run_here(capsys):
+    assert cli.main(["audit", "--implementation", "cuda"]) == 2
+    assert "implementations='cuda': allowed are" in capsys.readouterr().err
+    argv = ["audit", "--only", "attention", "--implementation", "vmap"]
+    assert cli.main(argv) == 2
+    assert "implementations=['vmap']: none of them runs here" in capsys.readouterr().err
+
+
+def test_options_are_checked():
     with pytest.raises(ValueError, match="only='all'"):
-        next(suite.run_audits(only="all"))
+        suite.run_audits(only="all")
+    for jobs in (0, 1.0, True):
+        with pytest.raises(ValueError, match="jobs"):
+            suite.run_audits(jobs=jobs)
+
+
+@pytest.mark.usefixtures("few")
+def test_audits_in_threads_are_those_in_a_row_and_keep_their_order():
+    options = {"samples": 100, "implementations": ["xla", "vmap"]}
+    names = [f.name for f in suite.run_audits(jobs=1, **options)]
+    found = list(suite.run_audits(jobs=2, **options))
+    assert [f.name for f in found] == names
+    assert len(names) == 2
+    assert all(f.result.samples == 100 for f in found)
+    assert next(suite.run_audits(jobs=2, **options)).name == names[0]  # and stops early
 
 
 def test_everything_that_runs_here_is_attacked(monkeypatch):
@@ -123,11 +147,13 @@ def test_everything_that_runs_here_is_attacked(monkeypatch):
 
     monkeypatch.setattr(suite, "audit_attention", record)
     monkeypatch.setattr(suite, "audit_training", record)
+    monkeypatch.setattr(suite, "audit_sampled", record)
     monkeypatch.setattr(suite, "training_cases", lambda: training_cases()[:2])
     monkeypatch.setattr(suite, "attention_cases", lambda: attention_cases()[:2])
     list(suite.run_audits(samples=20))
     expected = [(c.name, name) for c in attention_cases()[:2] for name in c.implementations()]
     expected += [(c.name, engine) for c in training_cases()[:2] for engine in engines()]
+    expected += [(case.name, "auto") for case in sampled_cases()]
     assert seen == expected
     assert "vmap" in engines()
     assert "auto" not in engines()

@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dpfa_jax.bench import decoder, steps
+from dpfa_jax.bench import decoder, opacus_steps, steps
 from dpfa_jax.bench.attention import package_versions
 from dpfa_jax.bench.decoder import DecoderShape
 from dpfa_jax.bench.files import write_json
@@ -33,7 +33,7 @@ from dpfa_jax.bench.timing import (
     ratio_with_interval,
 )
 
-_PACKAGES = ("jax-privacy", "optax", "flax")
+_PACKAGES = ("jax-privacy", "optax", "flax", "torch", "opacus")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +114,24 @@ def _device_peaks(runnables: dict[str, Runnable]) -> dict[str, int]:
     return peaks
 
 
-def measure_shape(shape: DecoderShape, versions: Sequence[Version], plan: Plan) -> dict[str, Any]:
-    """Every version's samples, its share of the non-private throughput, memory or error."""
+def measure_shape(
+    shape: DecoderShape, versions: Sequence[Version], plan: Plan, peers: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Every version's samples, its share of the non-private throughput, memory or error.
+
+    Args:
+        shape: the decoder and its batch.
+        versions: JAX's steps.
+        plan: how many samples.
+        peers: names of :data:`dpfa_jax.bench.opacus_steps.VERSIONS`.
+    """
     shared = _Shared(shape)
     start = time.monotonic()
-    runnables, errors = compile_all(
-        {v.name: functools.partial(_prepare, v, shape, shared) for v in versions}
-    )
+    builds = {v.name: functools.partial(_prepare, v, shape, shared) for v in versions}
+    for name in peers:
+        private = opacus_steps.VERSIONS[name]
+        builds[name] = functools.partial(opacus_steps.prepare, shape, private)
+    runnables, errors = compile_all(builds)
     compiled = round(time.monotonic() - start, 1)
     device_peaks = _device_peaks(runnables)
     timings = measure(runnables, plan)
@@ -130,8 +141,7 @@ def measure_shape(shape: DecoderShape, versions: Sequence[Version], plan: Plan) 
         return runnables[name].extra_bytes if name in runnables else None
 
     entries: list[dict[str, Any]] = []
-    for version in versions:
-        name = version.name
+    for name in builds:
         timing = timings.get(name)
         if timing is None or not timing.seconds:
             why = errors.get(name) or (timing.error if timing else None)
@@ -274,6 +284,7 @@ def run(
         if (v.for_targets or not quick)
         and (versions_with is None or v.name == NON_PRIVATE or versions_with in v.name)
     ]
+    others = [n for n in opacus_steps.VERSIONS if versions_with is None or versions_with in n]
     versions = package_versions() | package_versions(_PACKAGES)
     result: dict[str, Any] = {
         "command": command,
@@ -288,11 +299,11 @@ def run(
         spent = time.monotonic() - start
         if spent > budget:
             why = f"not measured: the time budget of {budget:.0f} s was spent"
-            entries = [{"name": v.name, "error": why} for v in measured]
+            entries = [{"name": n, "error": why} for n in (*(v.name for v in measured), *others)]
             cell = {"shape": dataclasses.asdict(shape), "versions": entries, "explanation": ""}
         else:
             progress(f"[{spent:4.0f} s] {shape}")
-            cell = measure_shape(shape, measured, plan)
+            cell = measure_shape(shape, measured, plan, others)
         result["cells"].append(cell)
         result["targets"] = judge(result["cells"])
         result["seconds"] = round(time.monotonic() - start, 1)

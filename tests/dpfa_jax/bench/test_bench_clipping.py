@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from dpfa_jax import cli
-from dpfa_jax.bench import clipping, decoder, steps
+from dpfa_jax.bench import clipping, decoder, opacus_steps, steps
 from dpfa_jax.bench.timing import BenchError, Plan
 
 QUICK = Plan(samples=3, sample_seconds=1e-4, version_seconds=1.0)
@@ -27,7 +27,10 @@ def test_whole_run(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     (cell,) = result["cells"]
     entries = {e["name"]: e for e in cell["versions"]}
-    assert set(entries) == {v.name for v in steps.VERSIONS}
+    assert set(entries) == {v.name for v in steps.VERSIONS} | set(opacus_steps.VERSIONS)
+    # PyTorch is no dependency: where it is missing, the table says so.
+    peers = [entries[n] for n in opacus_steps.VERSIONS]
+    assert all("median_ms" in e or "not both installed" in e["error"] for e in peers)
     ours = [n for n in entries if n.startswith("dpfa") or n == steps.NON_PRIVATE]
     assert all("error" not in entries[n] for n in ours)
     assert entries[steps.NON_PRIVATE]["share"] == 1.0

@@ -136,6 +136,47 @@ def _best(query: jax.Array, key: jax.Array, spec: AttentionSpec, has_mask: bool)
     return next(name for name, reason in reasons if reason is None)
 
 
+def partial_backend(
+    query: Any,
+    key: Any,
+    spec: AttentionSpec,
+    implementation: str | None,
+    *,
+    interpret: bool = False,
+) -> Any:
+    """The module whose ``sums`` (record mode), ``forward`` (exact) and ``backward`` do a call.
+
+    For callers that put attention together from parts of the keys. ``'xla'`` is
+    :mod:`pallas_kernels.attention.chunked` here.
+
+    Args:
+        query: an array or ``jax.ShapeDtypeStruct`` [B, T, N, H] of one part.
+        key: likewise, [B, S, K, H].
+        spec: static options.
+        implementation: a name, or None for the best on this machine.
+        interpret: as for :func:`attention`.
+
+    Raises:
+        ValueError: for a name that cannot do it; the message says why.
+    """
+    for name in _KERNELS if implementation is None else (implementation,):
+        if name not in _KERNELS:
+            break
+        reason = None if interpret else _wrong_device(name)
+        reason = reason or _unsupported(name, query, key, spec, False)
+        if reason is None:
+            return _module(name)
+        if implementation is not None:
+            raise ValueError(
+                f"implementation={implementation!r} cannot do this call: {reason}. "
+                "None picks one that can."
+            )
+    if implementation not in (None, "xla"):
+        allowed = ", ".join(repr(name) for name in (*_KERNELS, "xla"))
+        raise ValueError(f"implementation={implementation!r}: allowed are None, {allowed}.")
+    return _module("chunked")
+
+
 def check_arguments(
     query: jax.Array,
     key: jax.Array,

@@ -5,7 +5,6 @@ The kernels are in ``mosaic_gpu_rows.py`` (clipping factors and the like),
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -57,7 +56,9 @@ def unsupported(spec: AttentionSpec, query: Any, key: Any, *, has_mask: bool) ->
     if spec.scale <= 0:
         return f"scale {spec.scale} is not positive"
     num_keys = key.shape[1]
-    if spec.mode == "record" and numerator_unit(spec, num_keys) > _sum_unit(spec, num_keys):
+    if spec.mode == "record" and numerator_unit(spec, num_keys) > common.largest_unit(
+        spec, num_keys
+    ):
         # The sensitivity counts on a unit that is small beside the clip.
         return f"numerator_std {spec.numerator_std} is too large for 32-bit sums"
     if max(query.shape[1], num_keys) > mosaic_gpu_backward_tiles.MOST:
@@ -167,14 +168,7 @@ def numerator_unit(spec: AttentionSpec, num_keys: int) -> float:
     one chunk 22 bits and a sign.
     """
     noise = common.fixed_point_unit(max(8.0 * spec.numerator_std, 1e-30), 1)
-    return max(noise, _sum_unit(spec, num_keys)) if spec.mode == "record" else noise
-
-
-def _sum_unit(spec: AttentionSpec, num_keys: int) -> float:
-    # 2 % above the clip: what rounding may add to a row.
-    bound = 1.02 * spec.value_clip
-    chunk = 2.0 ** (math.ceil(math.log2(bound * common.HOPPER_CHUNK)) - 22)
-    return max(chunk, common.fixed_point_unit(spec.value_clip, num_keys))
+    return max(noise, common.largest_unit(spec, num_keys)) if spec.mode == "record" else noise
 
 
 def _pad_rows(x: jax.Array) -> jax.Array:

@@ -35,7 +35,6 @@ from pallas_kernels.attention.mosaic_tpu_tiling import (
     Blocks,
     Tiling,
     by_head,
-    clipped,
     kv_head,
     pick,
     product,
@@ -83,7 +82,7 @@ def forward(
     words = jnp.zeros((batch, 1), jnp.uint32) if noise is None else common.with_child_keys(noise)
     q = by_head(query, tiling.query)
     k = by_head(key, tiling.key)
-    v = by_head(clipped(value, value_scale), tiling.key)
+    v = by_head(common.clipped(value, value_scale), tiling.key)
 
     def row_block(b: Any, h: Any, i: Any, step: Any, lengths: Any) -> Any:
         return b, h, i, 0

@@ -28,7 +28,8 @@ from pallas_kernels.attention.spec import AttentionSpec
 BackwardBlocks = mosaic_gpu_backward.Blocks
 
 __all__ = [
-    "BackwardBlocks", "Blocks", "backward", "forward", "row_dots", "unsupported", "value_scale",
+    "BackwardBlocks", "Blocks", "backward", "forward", "row_dots", "sums", "unsupported",
+    "value_scale",
 ]  # fmt: skip
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -133,6 +134,40 @@ def forward(
     )  # fmt: skip
     stat = lax.bitcast_convert_type(stat, jnp.float32)
     return out[:, :num_rows], stat[:, :, :num_rows], None if clean is None else clean[:, :num_rows]
+
+
+# A call's last tile of keys is summed by itself, so that the integers depend on where calls end.
+SUMS_END_TOGETHER = True
+
+
+def sums(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    value_scale: Factors,
+    lengths: jax.Array,
+    spec: AttentionSpec,
+    units: common.Units,
+    *,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See :class:`pallas_kernels.attention.fused.Backend`."""
+    if interpret:
+        raise ValueError("interpret=True: run these kernels on a Hopper GPU.")
+    spec = dataclasses.replace(spec, grid=None)
+    plan = dataclasses.replace(
+        make_plan(query, key, spec, blocks or Blocks()),
+        unit=units.numerator, row_unit=units.denominator, sums_only=True,
+    )  # fmt: skip
+    num_rows = query.shape[1]
+    query, key, value = (_pad_rows(x) for x in (query, key, value))
+    # Nobody reads these.
+    noise = jnp.zeros((query.shape[0], 11), jnp.uint32)
+    numerator, denominator, _ = mosaic_gpu_forward.launch(
+        spec, plan, query, key, value, value_scale, noise, lengths, keep_clean=False
+    )
+    return numerator[:, :num_rows], denominator[:, :, :num_rows]
 
 
 def make_plan(query: Any, key: Any, spec: AttentionSpec, blocks: Blocks) -> Plan:

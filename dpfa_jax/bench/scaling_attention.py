@@ -107,7 +107,7 @@ def collectives(hlo: str) -> dict[str, list[int]]:
 
 
 def _prepare(
-    shape: Shape, count: int, with_gradients: bool
+    shape: Shape, count: int, with_gradients: bool, implementation: Any
 ) -> tuple[Runnable, dict[str, Any], jax.Array]:
     """Compiles a call on ``count`` devices; also returns its facts and the release."""
     mesh = Mesh(np.array(jax.devices()[:count]), ("keys",))
@@ -117,8 +117,9 @@ def _prepare(
 
     def release(q: jax.Array, k: jax.Array, v: jax.Array, rng: jax.Array) -> jax.Array:
         return dp_sequence_parallel_attention(
-            q, k, v, mesh=mesh, axis="keys", privacy=_privacy(), rng=rng
-        )
+            q, k, v, mesh=mesh, axis="keys", privacy=_privacy(), rng=rng,
+            implementation=implementation,
+        )  # fmt: skip
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, rng: jax.Array) -> Any:
         out, pull = jax.vjp(lambda q, k, v: release(q, k, v, rng), q, k, v)
@@ -151,7 +152,12 @@ def _one_device_op(shape: Shape) -> Runnable:
 
 
 def measure_shape(
-    shape: Shape, devices: Sequence[int], plan: Plan, *, with_gradients: bool = False
+    shape: Shape,
+    devices: Sequence[int],
+    plan: Plan,
+    *,
+    with_gradients: bool = False,
+    implementation: Any = None,
 ) -> list[dict[str, Any]]:
     """A row for each device count.
 
@@ -164,7 +170,7 @@ def measure_shape(
     runnables: dict[str, Runnable] = {}
     facts: dict[str, dict[str, Any]] = {}
     for count in sorted(set(devices)):
-        runnable, fact, out = _prepare(shape, count, with_gradients)
+        runnable, fact, out = _prepare(shape, count, with_gradients, implementation)
         runnables[str(count)] = runnable
         facts[str(count)] = fact | {"sha256": hashlib.sha256(np.asarray(out).tobytes()).hexdigest()}
         del out
@@ -194,7 +200,11 @@ def measure_shape(
 
 
 def rows(
-    devices: Sequence[int] = DEVICES, quick: bool = False, *, with_gradients: bool = False
+    devices: Sequence[int] = DEVICES,
+    quick: bool = False,
+    *,
+    with_gradients: bool = False,
+    implementation: Any = None,
 ) -> list[dict[str, Any]]:
     """Rows for all :func:`shapes` on each number of ``devices`` that this machine has.
 
@@ -202,12 +212,15 @@ def rows(
         devices: device counts; those above what is here are left out.
         quick: the shortest shape, few samples.
         with_gradients: forward and backward, else forward alone.
+        implementation: who sums; None takes the best.
     """
     chosen = [n for n in devices if n <= len(jax.devices())]
     plan = Plan(samples=5 if quick else 20, sample_seconds=0.02, version_seconds=5.0)
     found = []
     for shape in shapes(quick):
-        found += measure_shape(shape, chosen, plan, with_gradients=with_gradients)
+        found += measure_shape(
+            shape, chosen, plan, with_gradients=with_gradients, implementation=implementation
+        )
     return found
 
 
@@ -236,15 +249,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="the shortest shape, few samples")
     parser.add_argument("--backward", action="store_true", help="forward and backward, too")
+    parser.add_argument("--implementation", default=None, help="who sums (default: the best)")
     parser.add_argument(
         "--json", type=Path, default=Path("runs/bench_scaling_attention.json"), metavar="PATH"
     )
     args = parser.parse_args(arguments)
     counts = [int(n) for n in args.devices.split(",")]
-    found = rows(counts, args.quick)
+    found = rows(counts, args.quick, implementation=args.implementation)
     print(show(found), flush=True)
     if args.backward:
-        more = rows(counts, args.quick, with_gradients=True)
+        more = rows(counts, args.quick, with_gradients=True, implementation=args.implementation)
         print(show(more), flush=True)
         found += more
     kind = jax.devices()[0].device_kind

@@ -56,7 +56,7 @@ def sums(
             numerator = _product("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
             return (
                 totals[0] + tile.fixed_point(numerator, units.numerator),
-                totals[1] + tile.fixed_point(_sum(weights), units.denominator),
+                totals[1] + tile.fixed_point(common.sum_by_halves(weights), units.denominator),
             )
 
         b, t, k, g, h = q.shape
@@ -193,17 +193,6 @@ def _product(subscripts: str, first: jax.Array, second: jax.Array) -> jax.Array:
         subscripts, first, second, preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if first.dtype == jnp.float32 else None,
     )  # fmt: skip
-
-
-def _sum(x: Float32[Array, "*b s"]) -> Float32[Array, "*b"]:
-    """Sum over an axis of 2ⁿ, by halves: an order that no compiler changes.
-
-    A reduction may be ordered otherwise in another program, and the integers then differ.
-    """
-    while x.shape[-1] > 1:
-        half = x.shape[-1] // 2
-        x = x[..., :half] + x[..., half:]
-    return x[..., 0]
 
 
 def _grouped(x: Float[Array, "b t n *h"], key: jax.Array) -> Float[Array, "b t k g *h"]:

@@ -250,7 +250,9 @@ def with_child_keys(noise: UInt32[Array, "b 11"]) -> UInt32[Array, "b 19"]:
     For kernels that do not derive them. The rounds are a loop: written out, they take the
     compilers of GPUs half a minute.
     """
-    zero, purpose = jnp.uint32(0), jnp.array([NUMERATOR, DENOMINATOR], jnp.uint32)
+    # Not an array of two numbers: constants are no part of what can be run on several devices.
+    assert DENOMINATOR == NUMERATOR + 1
+    zero, purpose = jnp.uint32(0), NUMERATOR + jnp.arange(2, dtype=jnp.uint32)
     words = prng.random_block(noise[:, None, :8], (zero, zero, zero, purpose), unroll=False)
     keys = jnp.stack(words[:8], axis=-1).reshape(-1, 16)
     return jnp.concatenate([keys, noise[:, 8:]], axis=1)
@@ -299,6 +301,16 @@ def denominator_noise(
     return prng.box_muller(words[0], words[1])[0]
 
 
+def _times(noise: jax.Array, std: float) -> jax.Array:
+    """σg, rounded to float32 before anything is added.
+
+    One program may fuse the product with the addition and another not, and then a sum lies
+    now and then in another cell of the grid: the release on several devices shall be that on one.
+    For the same reason sums are multiplied by 1/L̃: some programs divide, others do that.
+    """
+    return jax.lax.optimization_barrier(jnp.float32(std) * noise)
+
+
 def release_record(
     spec: AttentionSpec,
     numerator: Float32[Array, "b t n h"],
@@ -312,13 +324,13 @@ def release_record(
     heads, depth = numerator.shape[-2:]
     g = numerator_noise(key_words, batch, rows, heads, depth, spec.rounds, first_head)
     g_l = denominator_noise(key_words, batch, rows, heads, spec.rounds, first_head)
-    noisy_n = numerator + jnp.float32(spec.numerator_std) * g
-    noisy_l = denominator + jnp.float32(spec.denominator_std) * g_l
+    noisy_n = numerator + _times(g, spec.numerator_std)
+    noisy_l = denominator + _times(g_l, spec.denominator_std)
     noisy_n = round_to_grid(noisy_n, spec.spacing(spec.numerator_std))
     noisy_l = round_to_grid(noisy_l, spec.spacing(spec.denominator_std))
     # Not jnp.maximum: at the floor the denominator passes no gradient at all.
     floor = jnp.float32(spec.denominator_floor)
-    return noisy_n / jnp.where(noisy_l > floor, noisy_l, floor)[..., None]
+    return noisy_n * (1.0 / jnp.where(noisy_l > floor, noisy_l, floor))[..., None]
 
 
 def release_sums(
@@ -349,7 +361,7 @@ def release_sums(
     noisy_n = noisy(numerator, g, spec.numerator_std, units.numerator)
     noisy_l = noisy(denominator, g_l, spec.denominator_std, units.denominator)
     noisy_l = jnp.maximum(noisy_l, jnp.float32(spec.denominator_floor))
-    return noisy_n / noisy_l[..., None], noisy_l
+    return noisy_n * (1.0 / noisy_l)[..., None], noisy_l
 
 
 def release_sequence(
@@ -363,7 +375,7 @@ def release_sequence(
     """Noise and grid on each output row."""
     heads, depth = output.shape[-2:]
     g = numerator_noise(key_words, batch, rows, heads, depth, spec.rounds, first_head)
-    noisy = output + jnp.float32(spec.numerator_std) * g
+    noisy = output + _times(g, spec.numerator_std)
     return round_to_grid(noisy, spec.spacing(spec.numerator_std))
 
 
@@ -394,8 +406,19 @@ def sum_over_keys(
         precision=jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-    denominators = jnp.moveaxis(jnp.sum(w, axis=-1), -1, 0)
+    denominators = jnp.moveaxis(sum_by_halves(w), -1, 0)
     return _tree_sum(numerators), _tree_sum(denominators)
+
+
+def sum_by_halves(x: Float32[Array, "*b s"]) -> Float32[Array, "*b"]:
+    """Sum over a last axis of length 2ⁿ, in an order that no compiler changes.
+
+    A reduction may be ordered otherwise in another program: on several devices, say.
+    """
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
 
 
 def _tree_sum(x: jax.Array) -> jax.Array:

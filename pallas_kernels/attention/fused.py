@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32, UInt32
 
 from pallas_kernels import batching
 from pallas_kernels.attention.common import Units
+from pallas_kernels.attention.partitioning import partitioned
 from pallas_kernels.attention.spec import AttentionSpec
 
 # Head dimensions that kernels are written for; others are padded with zeros.
@@ -191,6 +192,9 @@ def attention(
     return out[..., :depth]
 
 
+_folded = functools.partial(batching.folded, partitioned=partitioned)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _differentiable(
     backend: Any,
@@ -204,9 +208,7 @@ def _differentiable(
     lengths: jax.Array,
 ) -> jax.Array:
     scale = _value_scale(backend, value, spec)
-    run = batching.folded(
-        backend, "forward", spec, blocks=blocks[0], interpret=interpret, keep_clean=False
-    )
+    run = _folded(backend, "forward", spec, blocks=blocks[0], interpret=interpret, keep_clean=False)
     return run(query, key, value, scale, noise, lengths)[0]
 
 
@@ -222,7 +224,7 @@ def _forward(
     lengths: jax.Array,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     scale = _value_scale(backend, value, spec)
-    run = batching.folded(backend, "forward", spec, blocks=blocks[0], interpret=interpret)
+    run = _folded(backend, "forward", spec, blocks=blocks[0], interpret=interpret)
     out, stat, clean = run(query, key, value, scale, noise, lengths)
     kept = out if clean is None else clean
     return out, (query, key, value, scale, lengths, kept, stat)
@@ -237,9 +239,9 @@ def _backward(
     d_out: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
     query, key, value, scale, lengths, out, stat = residuals
-    delta = batching.folded(backend, "row_dots")(d_out, out)
+    delta = _folded(backend, "row_dots")(d_out, out)
     lse, delta = gradient_statistics(spec, stat, delta)
-    run = batching.folded(backend, "backward", spec, blocks=blocks[1], interpret=interpret)
+    run = _folded(backend, "backward", spec, blocks=blocks[1], interpret=interpret)
     dq, dk, dv = run(query, key, value, scale, lengths, lse, delta, d_out)
     return dq, dk, dv, None, None
 
@@ -248,4 +250,4 @@ _differentiable.defvjp(_forward, _backward)
 
 
 def _value_scale(backend: Any, value: jax.Array, spec: AttentionSpec) -> Any:
-    return batching.folded(backend, "value_scale", spec)(value) if spec.is_noisy else None
+    return _folded(backend, "value_scale", spec)(value) if spec.is_noisy else None

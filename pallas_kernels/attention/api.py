@@ -76,7 +76,9 @@ def attention(
     mask: Bool[Array, "#B #N #T S"] | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
-    first_head: int = 0,
+    first_head: jax.Array | int = 0,
+    first_batch: jax.Array | int = 0,
+    batch_in_all: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of ``query`` over ``key`` and ``value``; see :class:`AttentionSpec`.
 
@@ -93,6 +95,8 @@ def attention(
         interpret: run the kernels named by ``implementation`` in Pallas's interpreter,
             on any device. Slow; for tests.
         first_head: the first head's counter in the noise, for a call on some of the heads.
+        first_batch: the first batch element's, for a call on some of them.
+        batch_in_all: how many batch elements the calls have together; None for this one's.
 
     Returns:
         [B, T, N, H] in the dtype of ``query``.
@@ -107,7 +111,9 @@ def attention(
     counters = None
     if key_words is not None and spec.is_noisy:
         operands = [x for x in (query, key, value, lengths, mask) if x is not None]
-        counters = common.batch_counters(key_words, query.shape[0], operands)
+        counters = common.batch_counters(
+            key_words, query.shape[0], operands, first=first_batch, in_all=batch_in_all
+        )
     if name in _PLAIN:
         noise = None
         if counters is not None:

@@ -232,16 +232,28 @@ def _lane_vmap(
 
 
 def batch_counters(
-    key_words: UInt32[Array, "8"], batch: int, operands: Sequence[jax.Array]
+    key_words: UInt32[Array, "8"],
+    batch: int,
+    operands: Sequence[jax.Array],
+    *,
+    first: jax.Array | int = 0,
+    in_all: int | None = None,
 ) -> UInt32[Array, "b"]:
     """The batch counter of each batch element, distinct also across ``jax.vmap`` lanes.
 
     Under ``vmap`` a key that is not mapped would give every lane the same noise. The
     lanes are numbered here instead, as if the mapped axes were part of the batch.
+
+    Args:
+        key_words: the call's key.
+        batch: batch elements here.
+        operands: the call's arrays.
+        first: number of the first one here, which may be traced.
+        in_all: batch elements of all devices; None if these are all.
     """
-    probes = tuple(jax.lax.stop_gradient(x).reshape(-1)[:1] for x in operands if x.size)
-    lane = _lane(jnp.uint32(0), key_words, probes)
-    return lane * jnp.uint32(batch) + jnp.arange(batch, dtype=jnp.uint32)
+    probes = tuple(jax.lax.stop_gradient(x)[(slice(0, 1),) * x.ndim] for x in operands if x.size)
+    lane = _lane(jnp.uint32(0), key_words, probes) * jnp.uint32(in_all or batch)
+    return lane + jnp.asarray(first).astype(jnp.uint32) + jnp.arange(batch, dtype=jnp.uint32)
 
 
 def with_child_keys(noise: UInt32[Array, "b 11"]) -> UInt32[Array, "b 19"]:

@@ -50,7 +50,7 @@ def partitioned(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*operands: Any) -> Any:
         if jax.sharding.get_abstract_mesh().manual_axes:
-            return kernel(*operands)  # inside shard_map: what is here is this device's
+            return _in_shard_map(kernel, operands)
         leaves, tree = jax.tree.flatten(operands)
         axes = _axes(_OPERANDS[name], operands)
         heads = _heads(axes, leaves)
@@ -80,6 +80,17 @@ def partitioned(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         return call(*leaves, jnp.arange(heads[0], dtype=jnp.uint32))
 
     return run
+
+
+def _in_shard_map(kernel: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+    """The call where all that is here is this device's own."""
+    if any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)):
+        raise ValueError(
+            "implementation: inside shard_map kernels need check_vma=False, because they do not "
+            "say along which axes their results differ (name the axes in device_axes); "
+            "implementation='xla' runs with check_vma=True."
+        )
+    return kernel(*operands)
 
 
 def _axes(patterns: Sequence[str], values: tuple[Any, ...]) -> list[str]:

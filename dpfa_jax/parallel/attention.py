@@ -158,7 +158,7 @@ def _spec(
         )
     if keys.check_noise_key(rng).shape != ():
         raise ValueError(f"rng has shape {rng.shape}: one key is needed, shape ().")
-    num_keys = key.shape[1] if key.ndim > 1 else 1
+    num_keys = max(1, key.shape[1]) if key.ndim > 1 else 1
     spec = privacy.spec(
         scale=scale, head_dim=max(1, query.shape[-1]) if query.ndim else 1, num_keys=num_keys,
         dtype=str(query.dtype), is_causal=is_causal, summation="chunks",

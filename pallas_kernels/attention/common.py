@@ -423,11 +423,13 @@ def sum_over_keys(
 
 
 def sum_by_halves(x: Float32[Array, "*b s"]) -> Float32[Array, "*b"]:
-    """Sum over a last axis of length 2ⁿ, in an order that no compiler changes.
+    """Sum over the last axis, in an order that no compiler changes.
 
     A reduction may be ordered otherwise in another program: on several devices, say.
     """
     while x.shape[-1] > 1:
+        if x.shape[-1] % 2:
+            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
     return x[..., 0]

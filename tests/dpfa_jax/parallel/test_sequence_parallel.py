@@ -1,5 +1,7 @@
 """What attention over several devices refuses, and its sensitivity; one device suffices here."""
 
+import re
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -253,3 +255,11 @@ def test_flax_layers_take_the_axes_from_noise_key():
     out = jax.jit(run({"keys": "batch"}))(x, KEY)
     with keys.allow_reuse_for_tests():
         np.testing.assert_array_equal(out, jax.jit(lambda q, rng: local(q, rng, None))(x, KEY))
+
+
+def test_the_example_of_the_documentation_runs():
+    page = (Path(__file__).parents[3] / "docs" / "scaling_attention.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["out"].shape == (1, 16, 4, 32)

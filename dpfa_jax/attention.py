@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from dpfa_jax import keys
 from dpfa_jax.attention_privacy import AttentionPrivacy as AttentionPrivacy
 from dpfa_jax.attention_privacy import attention_event as attention_event
+from dpfa_jax.device_axes import DeviceAxes, positions
 from pallas_kernels.attention import AttentionSpec, attention, attention_by_head, check_arguments
 
 
@@ -55,23 +56,6 @@ def _keep_first_rows(record_ids: Int[Array, "B S"], most: int) -> Bool[Array, "B
     return jax.vmap(one)(record_ids)
 
 
-def _check_varying(rng: jax.Array, operands: tuple[jax.Array, ...]) -> None:
-    """Inside ``shard_map``: data that differs between devices needs keys that do."""
-
-    def varying(x: jax.Array) -> frozenset[str]:
-        # No default: without this attribute the check would pass everything in silence.
-        return frozenset(jax.typeof(x).manual_axis_type.varying)
-
-    missing = frozenset().union(*map(varying, operands)) - varying(rng)
-    if missing:
-        axes = ", ".join(sorted(map(str, missing)))
-        raise ValueError(
-            f"rng: the data differs along the mesh axis {axes} and the key does not, so every "
-            "device would add the same noise. Use jax.random.fold_in(rng, "
-            "jax.lax.axis_index(axis)) for each such axis."
-        )
-
-
 def dp_dot_product_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -86,6 +70,7 @@ def dp_dot_product_attention(
     mask: Bool[Array, "#B #N #T S"] | None = None,
     record_ids: Int[Array, "B S"] | None = None,
     implementation: Literal["reference", "xla"] | None = None,
+    device_axes: DeviceAxes | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention, exact or private, with the arguments of ``jax.nn.dot_product_attention``.
 
@@ -113,14 +98,20 @@ def dp_dot_product_attention(
         record_ids: [B, S] integers, which record each row belongs to; with
             ``rows_per_record`` above 1 only.
         implementation: ``'xla'``, ``'reference'``, or None, which picks.
+        device_axes: inside ``shard_map`` and ``pmap``, with ``privacy``: which of their axes
+            split the ``'batch'`` and the ``'heads'``, as ``{axis: meaning}``. With the same
+            key on all devices, these then make the noise that one device makes. ``'key'``
+            says that each device has a key of its own, ``'same'`` that nothing differs.
+            Under ``jit`` alone, sharded arrays need none of this.
 
     Returns:
         [B, T, N, H] in the dtype of ``query``. A row that sees nothing gives zero (plus
         noise, if any).
 
     Raises:
-        ValueError: at trace time, for a missing, unsuited or reused key, shapes that do
-            not fit, and unknown options.
+        ValueError: at trace time, for a missing, unsuited or reused key, one that would
+            make the same noise on several devices, shapes that do not fit, and unknown
+            options.
 
     Example:
         >>> from dpfa_jax import SecureKey
@@ -173,8 +164,7 @@ def dp_dot_product_attention(
     )
     # One for all heads, or one for each.
     z = privacy.noise_multiplier
-    heads = range(len(z)) if isinstance(z, tuple) else (None,)
-    specs = [make_spec(head=head) for head in heads]
+    specs = [make_spec(head=h) for h in (range(len(z)) if isinstance(z, tuple) else (None,))]
     # All that can be refused is refused before the key counts as used.
     for spec in dict.fromkeys(specs):
         check_arguments(query, key, value, spec, lengths, mask, implementation)
@@ -185,8 +175,19 @@ def dp_dot_product_attention(
         keep = _keep_first_rows(record_ids, privacy.rows_per_record)[:, None, None, :]
         mask = keep if mask is None else mask & keep
     operands = (query, key, value, lengths, mask)
-    _check_varying(rng, tuple(x for x in operands if x is not None))
-    options |= {"key_words": keys.consume(rng), "mask": mask}
+    batch, heads = positions(rng, [x for x in operands if x is not None], device_axes)
+    if heads.parts > 1 and len(specs) > 1:
+        raise ValueError(
+            f"device_axes={device_axes!r}: 'heads' with one noise_multiplier for each head is not "
+            "supported; use one number, or jit with sharded arrays."
+        )
+    options |= {
+        "key_words": keys.consume(rng),
+        "mask": mask,
+        "first_batch": batch.part * query.shape[0],
+        "batch_in_all": batch.parts * query.shape[0],
+    }
     if len(specs) == 1:
-        return attention(query, key, value, specs[0], **options)
+        first_head = heads.part * query.shape[2]
+        return attention(query, key, value, specs[0], first_head=first_head, **options)
     return attention_by_head(query, key, value, specs, **options)

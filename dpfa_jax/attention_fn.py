@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Key
 
 from dpfa_jax import keys
 from dpfa_jax.attention import AttentionPrivacy, dp_dot_product_attention
+from dpfa_jax.device_axes import DeviceAxes
 
 Implementation = Literal["reference", "xla"]
 
@@ -39,6 +40,7 @@ Implementation = Literal["reference", "xla"]
 @dataclasses.dataclass
 class _Source:
     key: Key[Array, ""]
+    device_axes: DeviceAxes | None = None
     calls: int = 0
 
 
@@ -48,7 +50,7 @@ _source: contextvars.ContextVar[_Source | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def noise_key(key: Key[Array, ""]) -> Iterator[None]:
+def noise_key(key: Key[Array, ""], *, device_axes: DeviceAxes | None = None) -> Iterator[None]:
     """Gives every private attention inside the ``with`` block its own noise key.
 
     For layers that have no argument for a key, see :func:`attention_fn`. The i-th noisy
@@ -58,6 +60,7 @@ def noise_key(key: Key[Array, ""]) -> Iterator[None]:
 
     Args:
         key: a key<chacha20> array of shape (), for this block alone.
+        device_axes: see :func:`dpfa_jax.dp_dot_product_attention`.
 
     Raises:
         ValueError: if the key is missing, unsuited or used before, or if it comes from
@@ -78,14 +81,15 @@ def noise_key(key: Key[Array, ""]) -> Iterator[None]:
     if key.shape != ():
         raise ValueError(f"key has shape {key.shape}: one key is needed, shape ().")
     keys.consume(key, "noise_key")
-    token = _source.set(_Source(key))
+    token = _source.set(_Source(key, device_axes))
     try:
         yield
     finally:
         _source.reset(token)
 
 
-def _next_key() -> Key[Array, ""]:
+def _next_key() -> tuple[Key[Array, ""], DeviceAxes | None]:
+    """The key of the next noisy call, and where its device's part lies."""
     source = _source.get()
     if source is None:
         raise ValueError(
@@ -94,7 +98,7 @@ def _next_key() -> Key[Array, ""]:
         )
     keys.refuse_frozen_key(source.key, "noise_key")
     source.calls += 1
-    return jax.random.fold_in(source.key, source.calls - 1)
+    return jax.random.fold_in(source.key, source.calls - 1), source.device_axes
 
 
 # --- the function -----------------------------------------------------------------------
@@ -201,13 +205,15 @@ class AttentionFn:
             full = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
             mask = _one_batch_axis(jnp.asarray(mask), full)
         batch = math.prod(query.shape[:-3])
+        rng, device_axes = (None, None) if self.privacy is None else _next_key()
         out = dp_dot_product_attention(
             *(x.reshape(batch, *x.shape[-3:]) for x in (query, key, value)),
             privacy=self.privacy,
-            rng=None if self.privacy is None else _next_key(),
+            rng=rng,
             is_causal=is_causal or self.is_causal,
             mask=mask,
             implementation=self.implementation,
+            device_axes=device_axes,
         )
         return out.reshape(query.shape)
 

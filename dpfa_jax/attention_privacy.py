@@ -12,7 +12,7 @@ from typing import Literal
 import dp_accounting
 
 from dpfa_jax import keys
-from dpfa_jax.mechanisms import record_sensitivity, sequence_sensitivity
+from dpfa_jax.mechanisms import Summation, record_sensitivity, sequence_sensitivity
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.prng import ROUNDS, Rounds
 
@@ -201,6 +201,7 @@ class AttentionPrivacy:
         is_causal: bool = False,
         window: tuple[int, int] | None = None,
         head: int | None = None,
+        summation: Summation = "any",
     ) -> AttentionSpec:
         """The kernel's static options: these numbers with the noise they need.
 
@@ -212,6 +213,7 @@ class AttentionPrivacy:
             is_causal: see :func:`dp_dot_product_attention`.
             window: ``(left, right)``.
             head: the query head that it is for; needed where each has its own multiplier.
+            summation: see :func:`dpfa_jax.mechanisms.record_sensitivity`.
 
         Raises:
             ValueError: if ``rounds`` is ``"threefry"`` and that was not allowed, or without
@@ -247,6 +249,7 @@ class AttentionPrivacy:
             dtype=dtype,
             adjacency=self.adjacency,
             rows_per_record=self.rows_per_record,
+            summation=summation,
         )
         std = record.denominator_std(z)
         assert self.logit_bound is not None

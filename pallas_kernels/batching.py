@@ -10,20 +10,29 @@ from jax.custom_batching import custom_vmap
 
 
 @functools.cache
-def folded(backend: Any, name: str, *static: Any, **options: Any) -> Callable[..., Any]:
+def folded(
+    backend: Any,
+    name: str,
+    *static: Any,
+    partitioned: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None,
+    **options: Any,
+) -> Callable[..., Any]:
     """A kernel call for which ``vmap`` makes the batch longer instead of adding an axis.
 
     Args:
         backend: the module of kernels.
         name: a function of it, whose operands and results have the batch as first axis.
         static: further arguments of it, hashable.
+        partitioned: given the name and the call, makes it one that runs where its operands
+            lie on several devices; None leaves that to XLA, which gathers them.
         options: further keywords of it, hashable.
     """
     kernel = getattr(backend, name)
 
-    @custom_vmap
-    def run(*operands: Any) -> Any:
+    def plain(*operands: Any) -> Any:
         return kernel(*operands, *static, **options)
+
+    run = custom_vmap(partitioned(name, plain) if partitioned else plain)
 
     @run.def_vmap
     def _(axis_size: int, is_mapped: Any, *operands: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from dpfa_jax.mechanisms.attention import (
     RecordSensitivity,
+    Summation,
     record_sensitivity,
     sequence_sensitivity,
 )
@@ -10,6 +11,7 @@ from dpfa_jax.mechanisms.gradient import adjacency_factor, gradient_sensitivity
 
 __all__ = [
     "RecordSensitivity",
+    "Summation",
     "adjacency_factor",
     "check_correlation",
     "correlated_sensitivity",

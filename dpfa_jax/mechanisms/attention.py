@@ -21,8 +21,12 @@ release is the same whoever does: the largest bound counts.
 
 import dataclasses
 import math
+from typing import Literal
 
 from dpfa_jax.mechanisms.gradient import adjacency_factor
+
+# Who sums: any implementation, or only those that add chunks of the keys as integers.
+Summation = Literal["any", "chunks"]
 
 _BLOCK = 128
 _U = 2.0**-23
@@ -62,8 +66,11 @@ def _held_excess(value_clip: float, dtype: str, head_dim: int) -> float:
     return _HELD[dtype] + small + (head_dim / 2 + 4) * _U
 
 
-def _summation_error(num_keys: int, head_dim: int, dtype: str) -> float:
+def _summation_error(num_keys: int, head_dim: int, dtype: str, summation: Summation) -> float:
     """Largest difference that rounding makes to Σ w v̄ between neighbours, in units of C."""
+    if summation == "chunks":
+        # The coarser unit whatever the format: one for all devices.
+        return _chunk_error(num_keys, head_dim, "bfloat16")
     block = min(_BLOCK, num_keys)
     gamma = block * _U / (1 - block * _U)
     tree = 2 * gamma * block + 4 * _U * num_keys
@@ -101,6 +108,7 @@ def record_sensitivity(
     dtype: str,
     adjacency: str,
     rows_per_record: int = 1,
+    summation: Summation = "any",
 ) -> RecordSensitivity:
     """Δ and C' for N = Σ w v̄ and L = Σ w with w in [0, 1] and ‖v̄‖ <= C.
 
@@ -109,6 +117,7 @@ def record_sensitivity(
     * ``replace_one``: the worst pair is w = w' = 1 and v̄ = −v̄', Δ = 2C, as long as
       C' <= √3·C; the largest such C' gives L the least noise.
     * A record of m rows moves the sum by at most m times that (triangle inequality).
+    * ``summation="chunks"`` leaves out the binary tree, whose rounding grows with n.
 
     Source: docs/privacy.md, section 1, "Sensitivity".
 
@@ -118,7 +127,7 @@ def record_sensitivity(
         >>> round(s.denominator_weight, 3), round(s.joint, 3)
         (0.5, 1.118)
     """
-    error = _summation_error(num_keys, head_dim, dtype)
+    error = _summation_error(num_keys, head_dim, dtype, summation)
     c = value_clip * (1 + _held_excess(value_clip, dtype, head_dim) + error)
     weight = 1 + error
     if adjacency_factor(adjacency) == 1:

@@ -1,6 +1,12 @@
 """Attention with several implementations behind one function."""
 
-from pallas_kernels.attention.api import attention, check_arguments, explain, implementations
+from pallas_kernels.attention.api import (
+    attention,
+    check_arguments,
+    explain,
+    implementations,
+    partial_backend,
+)
 from pallas_kernels.attention.by_head import attention_by_head
 from pallas_kernels.attention.spec import AttentionSpec
 
@@ -11,4 +17,5 @@ __all__ = [
     "check_arguments",
     "explain",
     "implementations",
+    "partial_backend",
 ]

@@ -76,7 +76,9 @@ def attention(
     mask: Bool[Array, "#B #N #T S"] | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
-    first_head: int = 0,
+    first_head: jax.Array | int = 0,
+    first_batch: jax.Array | int = 0,
+    batch_in_all: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of ``query`` over ``key`` and ``value``; see :class:`AttentionSpec`.
 
@@ -93,6 +95,8 @@ def attention(
         interpret: run the kernels named by ``implementation`` in Pallas's interpreter,
             on any device. Slow; for tests.
         first_head: the first head's counter in the noise, for a call on some of the heads.
+        first_batch: the first batch element's, for a call on some of them.
+        batch_in_all: how many batch elements the calls have together; None for this one's.
 
     Returns:
         [B, T, N, H] in the dtype of ``query``.
@@ -107,7 +111,9 @@ def attention(
     counters = None
     if key_words is not None and spec.is_noisy:
         operands = [x for x in (query, key, value, lengths, mask) if x is not None]
-        counters = common.batch_counters(key_words, query.shape[0], operands)
+        counters = common.batch_counters(
+            key_words, query.shape[0], operands, first=first_batch, in_all=batch_in_all
+        )
     if name in _PLAIN:
         noise = None
         if counters is not None:
@@ -134,6 +140,47 @@ def attention(
 def _best(query: jax.Array, key: jax.Array, spec: AttentionSpec, has_mask: bool) -> str:
     reasons = explain(query, key, spec, has_mask=has_mask)
     return next(name for name, reason in reasons if reason is None)
+
+
+def partial_backend(
+    query: Any,
+    key: Any,
+    spec: AttentionSpec,
+    implementation: str | None,
+    *,
+    interpret: bool = False,
+) -> Any:
+    """The module whose ``sums`` (record mode), ``forward`` (exact) and ``backward`` do a call.
+
+    For callers that put attention together from parts of the keys. ``'xla'`` is
+    :mod:`pallas_kernels.attention.chunked` here.
+
+    Args:
+        query: an array or ``jax.ShapeDtypeStruct`` [B, T, N, H] of one part.
+        key: likewise, [B, S, K, H].
+        spec: static options.
+        implementation: a name, or None for the best on this machine.
+        interpret: as for :func:`attention`.
+
+    Raises:
+        ValueError: for a name that cannot do it; the message says why.
+    """
+    for name in _KERNELS if implementation is None else (implementation,):
+        if name not in _KERNELS:
+            break
+        reason = None if interpret else _wrong_device(name)
+        reason = reason or _unsupported(name, query, key, spec, False)
+        if reason is None:
+            return _module(name)
+        if implementation is not None:
+            raise ValueError(
+                f"implementation={implementation!r} cannot do this call: {reason}. "
+                "None picks one that can."
+            )
+    if implementation not in (None, "xla"):
+        allowed = ", ".join(repr(name) for name in (*_KERNELS, "xla"))
+        raise ValueError(f"implementation={implementation!r}: allowed are None, {allowed}.")
+    return _module("chunked")
 
 
 def check_arguments(

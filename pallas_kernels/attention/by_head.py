@@ -67,7 +67,8 @@ def attention_by_head(
         specs: N of them.
         key_words: uint32[8], the ChaCha key of this call (noisy modes).
         mask: bool, broadcastable to [B, N, T, S].
-        **options: ``lengths``, ``implementation``, ``interpret``.
+        **options: ``lengths``, ``implementation``, ``interpret``, ``first_batch``,
+            ``batch_in_all``.
 
     Raises:
         ValueError: for another number of specs, and as ``attention``.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Float, Float32, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from pallas_kernels import prng
 from pallas_kernels.attention.spec import AttentionSpec
@@ -79,6 +79,17 @@ def row_dots(
     )  # fmt: skip
 
 
+def clipped(
+    value: Float[Array, "b s k h"], scale: Float32[Array, "b k s"] | None
+) -> Float[Array, "b s k h"]:
+    """c·v in the values' dtype; rows with c = 0 are zero whatever they hold."""
+    if scale is None:
+        return value
+    factor = jnp.swapaxes(scale, 1, 2)[..., None]
+    finite = jnp.where(factor > 0.0, value.astype(jnp.float32), 0.0)
+    return (finite * factor).astype(value.dtype)
+
+
 def through_clip(
     d_clipped: Float32[Array, "*b h"],
     value: Float32[Array, "*b h"],
@@ -120,6 +131,36 @@ def fixed_point_unit(bound: float, num_keys: int) -> float:
     (docs/privacy.md, section 1, "Rounding").
     """
     return 2.0 ** (math.ceil(math.log2(bound * num_keys)) - 29)
+
+
+class Units(NamedTuple):
+    """The public units, powers of two, in which N and L are counted as int32."""
+
+    numerator: float
+    denominator: float
+
+
+def sum_units(spec: AttentionSpec, num_keys: int) -> Units:
+    """Units in which the sums over ``num_keys`` keys plus their noise fit 31 bits.
+
+    The noise counts with 8 standard deviations, more than it can reach. The sum of one
+    chunk of N fits 22 bits and a sign, which Hopper's kernels ask for. The sensitivity
+    counts on a unit of at most :func:`largest_unit`.
+    """
+    noise, row_noise = (
+        fixed_point_unit(max(8.0 * std, 1e-30), 1)
+        for std in (spec.numerator_std, spec.denominator_std)
+    )
+    weights = fixed_point_unit(1.0, max(num_keys, HOPPER_CHUNK))
+    return Units(max(noise, largest_unit(spec, num_keys)), max(row_noise, weights))
+
+
+def largest_unit(spec: AttentionSpec, num_keys: int) -> float:
+    """The unit that the sum over the keys asks for, whatever the noise."""
+    # 2 % above the clip: what rounding may add to a row.
+    bound = 1.02 * spec.value_clip
+    chunk = 2.0 ** (math.ceil(math.log2(bound * HOPPER_CHUNK)) - 22)
+    return max(chunk, fixed_point_unit(spec.value_clip, num_keys))
 
 
 def bounded_weights(
@@ -191,16 +232,28 @@ def _lane_vmap(
 
 
 def batch_counters(
-    key_words: UInt32[Array, "8"], batch: int, operands: Sequence[jax.Array]
+    key_words: UInt32[Array, "8"],
+    batch: int,
+    operands: Sequence[jax.Array],
+    *,
+    first: jax.Array | int = 0,
+    in_all: int | None = None,
 ) -> UInt32[Array, "b"]:
     """The batch counter of each batch element, distinct also across ``jax.vmap`` lanes.
 
     Under ``vmap`` a key that is not mapped would give every lane the same noise. The
     lanes are numbered here instead, as if the mapped axes were part of the batch.
+
+    Args:
+        key_words: the call's key.
+        batch: batch elements here.
+        operands: the call's arrays.
+        first: number of the first one here, which may be traced.
+        in_all: batch elements of all devices; None if these are all.
     """
-    probes = tuple(jax.lax.stop_gradient(x).reshape(-1)[:1] for x in operands if x.size)
-    lane = _lane(jnp.uint32(0), key_words, probes)
-    return lane * jnp.uint32(batch) + jnp.arange(batch, dtype=jnp.uint32)
+    probes = tuple(jax.lax.stop_gradient(x)[(slice(0, 1),) * x.ndim] for x in operands if x.size)
+    lane = _lane(jnp.uint32(0), key_words, probes) * jnp.uint32(in_all or batch)
+    return lane + jnp.asarray(first).astype(jnp.uint32) + jnp.arange(batch, dtype=jnp.uint32)
 
 
 def with_child_keys(noise: UInt32[Array, "b 11"]) -> UInt32[Array, "b 19"]:
@@ -209,7 +262,9 @@ def with_child_keys(noise: UInt32[Array, "b 11"]) -> UInt32[Array, "b 19"]:
     For kernels that do not derive them. The rounds are a loop: written out, they take the
     compilers of GPUs half a minute.
     """
-    zero, purpose = jnp.uint32(0), jnp.array([NUMERATOR, DENOMINATOR], jnp.uint32)
+    # Not an array of two numbers: constants are no part of what can be run on several devices.
+    assert DENOMINATOR == NUMERATOR + 1
+    zero, purpose = jnp.uint32(0), NUMERATOR + jnp.arange(2, dtype=jnp.uint32)
     words = prng.random_block(noise[:, None, :8], (zero, zero, zero, purpose), unroll=False)
     keys = jnp.stack(words[:8], axis=-1).reshape(-1, 16)
     return jnp.concatenate([keys, noise[:, 8:]], axis=1)
@@ -220,7 +275,7 @@ class Noise(NamedTuple):
 
     key_words: UInt32[Array, "8"]
     batch: UInt32[Array, "b"]
-    first_head: int = 0
+    first_head: jax.Array | int = 0
 
 
 def numerator_noise(
@@ -230,7 +285,7 @@ def numerator_noise(
     heads: int,
     depth: int,
     rounds: prng.Rounds,
-    first_head: int = 0,
+    first_head: jax.Array | int = 0,
 ) -> Float32[Array, "b t n h"]:
     """Standard normals for the numerator (or the output row)."""
     child = prng.derive_key(key_words, NUMERATOR)
@@ -243,7 +298,7 @@ def denominator_noise(
     rows: jax.Array,
     heads: int,
     rounds: prng.Rounds,
-    first_head: int = 0,
+    first_head: jax.Array | int = 0,
 ) -> Float32[Array, "b t n"]:
     """Standard normals for the sum of weights: column 0 of a tile of its own key."""
     child = prng.derive_key(key_words, DENOMINATOR)
@@ -251,11 +306,21 @@ def denominator_noise(
     counters = (
         zero,
         rows[None, :, None],
-        jnp.arange(first_head, first_head + heads, dtype=jnp.uint32)[None, None, :],
+        prng.head_counters(first_head, heads)[None, None, :],
         batch[:, None, None],
     )
     words = prng.chacha_block(child, counters, rounds=rounds)
     return prng.box_muller(words[0], words[1])[0]
+
+
+def _times(noise: jax.Array, std: float) -> jax.Array:
+    """σg, rounded to float32 before anything is added.
+
+    One program may fuse the product with the addition and another not, and then a sum lies
+    now and then in another cell of the grid: the release on several devices shall be that on one.
+    For the same reason sums are multiplied by 1/L̃: some programs divide, others do that.
+    """
+    return jax.lax.optimization_barrier(jnp.float32(std) * noise)
 
 
 def release_record(
@@ -265,19 +330,50 @@ def release_record(
     key_words: UInt32[Array, "8"],
     batch: UInt32[Array, "b"],
     rows: UInt32[Array, "t"],
-    first_head: int = 0,
+    first_head: jax.Array | int = 0,
 ) -> Float32[Array, "b t n h"]:
     """Noise, grid and division: (N + σ_N g) / max(L + σ_L g', floor)."""
     heads, depth = numerator.shape[-2:]
     g = numerator_noise(key_words, batch, rows, heads, depth, spec.rounds, first_head)
     g_l = denominator_noise(key_words, batch, rows, heads, spec.rounds, first_head)
-    noisy_n = numerator + jnp.float32(spec.numerator_std) * g
-    noisy_l = denominator + jnp.float32(spec.denominator_std) * g_l
+    noisy_n = numerator + _times(g, spec.numerator_std)
+    noisy_l = denominator + _times(g_l, spec.denominator_std)
     noisy_n = round_to_grid(noisy_n, spec.spacing(spec.numerator_std))
     noisy_l = round_to_grid(noisy_l, spec.spacing(spec.denominator_std))
-    floor = jnp.float32(spec.denominator_floor)
     # Not jnp.maximum: at the floor the denominator passes no gradient at all.
-    return noisy_n / jnp.where(noisy_l > floor, noisy_l, floor)[..., None]
+    floor = jnp.float32(spec.denominator_floor)
+    return noisy_n * (1.0 / jnp.where(noisy_l > floor, noisy_l, floor))[..., None]
+
+
+def release_sums(
+    spec: AttentionSpec,
+    units: Units,
+    numerator: Int32[Array, "b t n h"],
+    denominator: Int32[Array, "b t n"],
+    noise: "Noise",
+    rows: UInt32[Array, "t"],
+) -> tuple[Float32[Array, "b t n h"], Float32[Array, "b t n"]]:
+    """:func:`release_record` of sums that are counted in ``units``, and max(L̃, floor).
+
+    The noise is rounded to the units too and added to the integers, which is exact, and
+    the grid is reached in integers: what is released is a function of N + σ_N g, where a
+    float that holds N would have rounded N by itself first.
+    """
+    heads, depth = numerator.shape[-2:]
+    where = (noise.batch, rows, heads)
+    g = numerator_noise(noise.key_words, *where, depth, spec.rounds, noise.first_head)
+    g_l = denominator_noise(noise.key_words, *where, spec.rounds, noise.first_head)
+
+    def noisy(total: jax.Array, g: jax.Array, std: float, unit: float) -> jax.Array:
+        total = total + jnp.round(g * jnp.float32(std / unit)).astype(jnp.int32)
+        step = max(round(spec.spacing(std) / unit), 1)
+        total = (total + jnp.int32(step // 2)) & jnp.int32(-step)
+        return total.astype(jnp.float32) * jnp.float32(unit)
+
+    noisy_n = noisy(numerator, g, spec.numerator_std, units.numerator)
+    noisy_l = noisy(denominator, g_l, spec.denominator_std, units.denominator)
+    noisy_l = jnp.maximum(noisy_l, jnp.float32(spec.denominator_floor))
+    return noisy_n * (1.0 / noisy_l)[..., None], noisy_l
 
 
 def release_sequence(
@@ -286,12 +382,12 @@ def release_sequence(
     key_words: UInt32[Array, "8"],
     batch: UInt32[Array, "b"],
     rows: UInt32[Array, "t"],
-    first_head: int = 0,
+    first_head: jax.Array | int = 0,
 ) -> Float32[Array, "b t n h"]:
     """Noise and grid on each output row."""
     heads, depth = output.shape[-2:]
     g = numerator_noise(key_words, batch, rows, heads, depth, spec.rounds, first_head)
-    noisy = output + jnp.float32(spec.numerator_std) * g
+    noisy = output + _times(g, spec.numerator_std)
     return round_to_grid(noisy, spec.spacing(spec.numerator_std))
 
 
@@ -322,8 +418,21 @@ def sum_over_keys(
         precision=jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-    denominators = jnp.moveaxis(jnp.sum(w, axis=-1), -1, 0)
+    denominators = jnp.moveaxis(sum_by_halves(w), -1, 0)
     return _tree_sum(numerators), _tree_sum(denominators)
+
+
+def sum_by_halves(x: Float32[Array, "*b s"]) -> Float32[Array, "*b"]:
+    """Sum over the last axis, in an order that no compiler changes.
+
+    A reduction may be ordered otherwise in another program: on several devices, say.
+    """
+    while x.shape[-1] > 1:
+        if x.shape[-1] % 2:
+            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
 
 
 def _tree_sum(x: jax.Array) -> jax.Array:

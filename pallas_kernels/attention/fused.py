@@ -11,9 +11,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Float32, UInt32
 
 from pallas_kernels import batching
+from pallas_kernels.attention.common import Units
+from pallas_kernels.attention.partitioning import partitioned
 from pallas_kernels.attention.spec import AttentionSpec
 
 # Head dimensions that kernels are written for; others are padded with zeros.
@@ -74,6 +76,25 @@ class Backend(Protocol):
         None otherwise or without ``keep_clean``.
         """
 
+    def sums(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        value_scale: Any,
+        lengths: jax.Array,
+        spec: AttentionSpec,
+        units: Units,
+        *,
+        blocks: Any = None,
+        interpret: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Record mode's N and L without noise, for a caller who adds those of other keys.
+
+        int32 [B, T, N, H] and [B, N, T], in ``units``. At most ``common.CHUNK`` keys
+        (``HOPPER_CHUNK`` on Hopper) are summed in floating point.
+        """
+
     def backward(
         self,
         query: jax.Array,
@@ -95,6 +116,24 @@ class Backend(Protocol):
         p (dp − delta), zero where the bound clamps; the gradient pᵀ·d_out of the clipped
         value v̄ becomes that of the value by :func:`common.through_clip`.
         """
+
+
+def gradient_statistics(
+    spec: AttentionSpec, stat: Float32[Array, "b n t"], dots: Float32[Array, "b n t"]
+) -> tuple[Float32[Array, "b n t"], Float32[Array, "b n t"]]:
+    """``lse`` and ``delta`` of :meth:`Backend.backward`.
+
+    Args:
+        spec: static options.
+        stat: the statistic of :meth:`Backend.forward`.
+        dots: the products of the rows of the output (before sequence mode's noise) and of
+            its gradient.
+    """
+    if spec.mode != "record":
+        return stat, dots
+    # At the floor the denominator is a constant and passes no gradient.
+    dots = jnp.where(stat > jnp.float32(spec.denominator_floor), dots, 0.0)
+    return jnp.log(stat) + jnp.float32(spec.logit_bound), dots
 
 
 def pack_noise(
@@ -153,6 +192,9 @@ def attention(
     return out[..., :depth]
 
 
+_folded = functools.partial(batching.folded, partitioned=partitioned)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _differentiable(
     backend: Any,
@@ -166,9 +208,7 @@ def _differentiable(
     lengths: jax.Array,
 ) -> jax.Array:
     scale = _value_scale(backend, value, spec)
-    run = batching.folded(
-        backend, "forward", spec, blocks=blocks[0], interpret=interpret, keep_clean=False
-    )
+    run = _folded(backend, "forward", spec, blocks=blocks[0], interpret=interpret, keep_clean=False)
     return run(query, key, value, scale, noise, lengths)[0]
 
 
@@ -184,7 +224,7 @@ def _forward(
     lengths: jax.Array,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     scale = _value_scale(backend, value, spec)
-    run = batching.folded(backend, "forward", spec, blocks=blocks[0], interpret=interpret)
+    run = _folded(backend, "forward", spec, blocks=blocks[0], interpret=interpret)
     out, stat, clean = run(query, key, value, scale, noise, lengths)
     kept = out if clean is None else clean
     return out, (query, key, value, scale, lengths, kept, stat)
@@ -199,13 +239,9 @@ def _backward(
     d_out: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
     query, key, value, scale, lengths, out, stat = residuals
-    delta = batching.folded(backend, "row_dots")(d_out, out)
-    lse = stat
-    if spec.mode == "record":
-        # At the floor the denominator is a constant and passes no gradient.
-        delta = jnp.where(stat > jnp.float32(spec.denominator_floor), delta, 0.0)
-        lse = jnp.log(stat) + jnp.float32(spec.logit_bound)
-    run = batching.folded(backend, "backward", spec, blocks=blocks[1], interpret=interpret)
+    delta = _folded(backend, "row_dots")(d_out, out)
+    lse, delta = gradient_statistics(spec, stat, delta)
+    run = _folded(backend, "backward", spec, blocks=blocks[1], interpret=interpret)
     dq, dk, dv = run(query, key, value, scale, lengths, lse, delta, d_out)
     return dq, dk, dv, None, None
 
@@ -214,4 +250,4 @@ _differentiable.defvjp(_forward, _backward)
 
 
 def _value_scale(backend: Any, value: jax.Array, spec: AttentionSpec) -> Any:
-    return batching.folded(backend, "value_scale", spec)(value) if spec.is_noisy else None
+    return _folded(backend, "value_scale", spec)(value) if spec.is_noisy else None

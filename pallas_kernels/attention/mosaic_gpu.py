@@ -5,7 +5,6 @@ The kernels are in ``mosaic_gpu_rows.py`` (clipping factors and the like),
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -29,7 +28,8 @@ from pallas_kernels.attention.spec import AttentionSpec
 BackwardBlocks = mosaic_gpu_backward.Blocks
 
 __all__ = [
-    "BackwardBlocks", "Blocks", "backward", "forward", "row_dots", "unsupported", "value_scale",
+    "BackwardBlocks", "Blocks", "backward", "forward", "row_dots", "sums", "unsupported",
+    "value_scale",
 ]  # fmt: skip
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -57,7 +57,9 @@ def unsupported(spec: AttentionSpec, query: Any, key: Any, *, has_mask: bool) ->
     if spec.scale <= 0:
         return f"scale {spec.scale} is not positive"
     num_keys = key.shape[1]
-    if spec.mode == "record" and numerator_unit(spec, num_keys) > _sum_unit(spec, num_keys):
+    if spec.mode == "record" and numerator_unit(spec, num_keys) > common.largest_unit(
+        spec, num_keys
+    ):
         # The sensitivity counts on a unit that is small beside the clip.
         return f"numerator_std {spec.numerator_std} is too large for 32-bit sums"
     if max(query.shape[1], num_keys) > mosaic_gpu_backward_tiles.MOST:
@@ -134,6 +136,40 @@ def forward(
     return out[:, :num_rows], stat[:, :, :num_rows], None if clean is None else clean[:, :num_rows]
 
 
+# A call's last tile of keys is summed by itself, so that the integers depend on where calls end.
+SUMS_END_TOGETHER = True
+
+
+def sums(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    value_scale: Factors,
+    lengths: jax.Array,
+    spec: AttentionSpec,
+    units: common.Units,
+    *,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See :class:`pallas_kernels.attention.fused.Backend`."""
+    if interpret:
+        raise ValueError("interpret=True: run these kernels on a Hopper GPU.")
+    spec = dataclasses.replace(spec, grid=None)
+    plan = dataclasses.replace(
+        make_plan(query, key, spec, blocks or Blocks()),
+        unit=units.numerator, row_unit=units.denominator, sums_only=True,
+    )  # fmt: skip
+    num_rows = query.shape[1]
+    query, key, value = (_pad_rows(x) for x in (query, key, value))
+    # Nobody reads these.
+    noise = jnp.zeros((query.shape[0], 11), jnp.uint32)
+    numerator, denominator, _ = mosaic_gpu_forward.launch(
+        spec, plan, query, key, value, value_scale, noise, lengths, keep_clean=False
+    )
+    return numerator[:, :num_rows], denominator[:, :, :num_rows]
+
+
 def make_plan(query: Any, key: Any, spec: AttentionSpec, blocks: Blocks) -> Plan:
     """The sizes of a call: those asked for, and defaults for the others."""
     (_, num_rows, _, depth), num_keys = query.shape, key.shape[1]
@@ -167,14 +203,7 @@ def numerator_unit(spec: AttentionSpec, num_keys: int) -> float:
     one chunk 22 bits and a sign.
     """
     noise = common.fixed_point_unit(max(8.0 * spec.numerator_std, 1e-30), 1)
-    return max(noise, _sum_unit(spec, num_keys)) if spec.mode == "record" else noise
-
-
-def _sum_unit(spec: AttentionSpec, num_keys: int) -> float:
-    # 2 % above the clip: what rounding may add to a row.
-    bound = 1.02 * spec.value_clip
-    chunk = 2.0 ** (math.ceil(math.log2(bound * common.HOPPER_CHUNK)) - 22)
-    return max(chunk, common.fixed_point_unit(spec.value_clip, num_keys))
+    return max(noise, common.largest_unit(spec, num_keys)) if spec.mode == "record" else noise
 
 
 def _pad_rows(x: jax.Array) -> jax.Array:

@@ -84,8 +84,11 @@ def bank_total(
     *,
     unit: float,
     spacing: float,
+    as_integers: bool = False,
 ) -> jax.Array:
     """The bank plus a last tile, in float32, rounded to the public grid.
+
+    ``as_integers`` gives int32 instead, in units.
 
     ``chunks`` is how many tiles were added before; ``spacing`` is the grid's, a power of
     two, or 0.0 for none. The grid is reached in integers (a rounding of floats runs at an
@@ -118,12 +121,16 @@ def bank_total(
             for i in range(n):
                 lines.append(f"add.rn.f32 x{i}, ${n + 4 + i}, {magic}; mov.b32 n{i}, x{i};")
                 lines.append(f"add.s32 n{i}, n{i}, m{i}; add.s32 n{i}, n{i}, {shift};")
-                lines.append(f"and.b32 n{i}, n{i}, {mask}; cvt.rn.f32.s32 x{i}, n{i};")
-                lines.append(f"mul.rn.f32 ${i}, x{i}, {scale};")
+                lines.append(f"and.b32 n{i}, n{i}, {mask};")
+                if as_integers:
+                    lines.append(f"mov.b32 ${i}, n{i};")
+                    continue
+                lines.append(f"cvt.rn.f32.s32 x{i}, n{i}; mul.rn.f32 ${i}, x{i}, {scale};")
             results += _outputs(lines, [*operands, *elements], "r,r,f,f" + ",f" * n, n)
         return regs.like(sums, _pairs(sums, results))
 
-    return run(sums, bank, warpgroup, chunks)
+    total = run(sums, bank, warpgroup, chunks)
+    return jax.lax.bitcast_convert_type(total, jnp.int32) if as_integers else total
 
 
 def bank_noise(

@@ -58,6 +58,7 @@ class Plan:
     row_tiles: int  # of all rows
     unit: float  # of the fixed-point numerator
     row_unit: float  # of the fixed-point sum of weights
+    sums_only: bool = False  # record mode's sums, as integers and without noise
 
     @property
     def rows(self) -> int:
@@ -158,11 +159,14 @@ def launch(
     *,
     keep_clean: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Runs the kernel: output, statistic (bits as int32, padded rows) and clean output."""
+    """Runs the kernel: output, statistic (bits as int32, padded rows) and clean output.
+
+    With ``plan.sums_only``, the sums over the keys in the first two.
+    """
     batch, _, heads, depth = query.shape
     w, dtype = plan.warpgroups, query.dtype
     jobs = Jobs(spec, plan, batch, heads, heads // key.shape[2], devices.multiprocessors())
-    like_query = jax.ShapeDtypeStruct(query.shape, dtype)
+    like_query = jax.ShapeDtypeStruct(query.shape, jnp.int32 if plan.sums_only else dtype)
     out_type = [
         like_query,
         jax.ShapeDtypeStruct((batch, heads, plan.row_tiles * plan.rows), jnp.int32),
@@ -187,11 +191,12 @@ def launch(
     }
     if spec.is_noisy:
         # Where the bank was, the output waits to be written.
+        waiting = swizzled((w, 2, ROWS, depth))
+        if plan.sums_only:
+            waiting = plgpu.SMEM((w, 1, ROWS, depth), jnp.int32, transforms=regs.SWIZZLED_32)
         scratch |= {
             "factor_smem": plgpu.SMEM((plan.stages, plan.keys), dtype),
-            "bank_and_out": plgpu.RefUnion(
-                plgpu.SMEM((w, depth // 8, 4, 128), jnp.int32), swizzled((w, 2, ROWS, depth))
-            ),
+            "bank_and_out": plgpu.RefUnion(plgpu.SMEM((w, depth // 8, 4, 128), jnp.int32), waiting),
             "zero_bar": plgpu.Barrier(num_arrivals=w),
             "noise_bar": plgpu.Barrier(),
         }
@@ -300,6 +305,10 @@ def _make_noise(
     last: jax.Array,
 ) -> jax.Array:  # fmt: skip
     """The noise of one job; ``last`` is the batch element whose keys are at hand."""
+    if plan.sums_only:
+        plgpu.barrier_wait(scratch["zero_bar"])
+        plgpu.barrier_arrive(scratch["noise_bar"])
+        return last
     keys = scratch["row_bank"].at[pl.ds(plan.key_words, 16)]
     pl.when(job.batch != last)(lambda: _derive_keys(noise_ref, job.batch, keys))
     noise = [keys[i].astype(jnp.uint32) for i in range(16)] + [
@@ -550,9 +559,13 @@ def _release(
     staged: list[tuple[Any, Any]] = []
     if spec.mode == "record":
         banks.row_bank_add(rows[0], scratch["row_bank"], warpgroup, unit=plan.row_unit)
-        noisy = plgpu.load(row_bank, layout=regs.PER_ROW)
-        stat = _denominator(spec, noisy.astype(jnp.float32) * plan.row_unit)
-        out = banks.bank_total(sums, chunks=chunks, **bank) * per_row(1.0 / stat)
+        if plan.sums_only:
+            # The rows' sums lie in their bank.
+            out = banks.bank_total(sums, chunks=chunks, as_integers=True, **bank)
+        else:
+            noisy = plgpu.load(row_bank, layout=regs.PER_ROW)
+            stat = _denominator(spec, noisy.astype(jnp.float32) * plan.row_unit)
+            out = banks.bank_total(sums, chunks=chunks, **bank) * per_row(1.0 / stat)
     else:
         total, top = ops.row_sum(rows[0]), rows[1]
         seen = total > 0.0
@@ -564,7 +577,8 @@ def _release(
             staged.append((q_smem, clean_ref))
         if spec.is_noisy:
             out = banks.bank_noise(out, **bank)
-    row_bank[...] = lax.bitcast_convert_type(stat, jnp.int32)
+    if not plan.sums_only:
+        row_bank[...] = lax.bitcast_convert_type(stat, jnp.int32)
     # The output goes where the bank was: all threads must have read their part of it.
     plgpu.commit_smem()
     smem = scratch["out_smem"].at[warpgroup, 0] if "out_smem" in scratch else q_smem

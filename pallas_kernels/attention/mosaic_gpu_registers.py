@@ -21,8 +21,9 @@ PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 # One element a thread.
 THREADS = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
 
-# How tiles of a short format lie in shared memory.
+# How tiles of a short format lie in shared memory, and those of 32 bits.
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+SWIZZLED_32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
 def walk(x):

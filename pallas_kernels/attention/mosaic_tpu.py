@@ -35,7 +35,6 @@ from pallas_kernels.attention.mosaic_tpu_tiling import (
     Blocks,
     Tiling,
     by_head,
-    clipped,
     kv_head,
     pick,
     product,
@@ -44,7 +43,7 @@ from pallas_kernels.attention.mosaic_tpu_tiling import (
 )
 from pallas_kernels.attention.spec import AttentionSpec
 
-__all__ = ["Blocks", "backward", "forward", "row_dots", "unsupported", "value_scale"]
+__all__ = ["Blocks", "backward", "forward", "row_dots", "sums", "unsupported", "value_scale"]
 
 row_dots = common.row_dots
 value_scale = common.value_scale
@@ -76,14 +75,45 @@ def forward(
     keep_clean: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """See :class:`pallas_kernels.attention.fused.Backend`."""
+    operands = (query, key, value, value_scale, noise, lengths)
+    return _launch(operands, spec, None, blocks or Blocks(), interpret, keep_clean)
+
+
+def sums(
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    value_scale: Float32[Array, "b k s"] | None,
+    lengths: Int32[Array, "b"],
+    spec: AttentionSpec,
+    units: common.Units,
+    *,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> tuple[Int32[Array, "b t n h"], Int32[Array, "b n t"]]:
+    """See :class:`pallas_kernels.attention.fused.Backend`."""
+    operands = (query, key, value, value_scale, None, lengths)
+    return _launch(operands, spec, units, blocks or Blocks(), interpret, False)[:2]
+
+
+def _launch(
+    operands: tuple[Any, ...],
+    spec: AttentionSpec,
+    units: common.Units | None,
+    blocks: Blocks,
+    interpret: bool,
+    keep_clean: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Runs the kernel; with ``units`` for :func:`sums`."""
+    query, key, value, value_scale, noise, lengths = operands
     batch, num_rows, heads, depth = query.shape
     num_keys, groups = key.shape[1], heads // key.shape[2]
-    tiling = Tiling.make(spec, num_rows, num_keys, blocks or Blocks())
+    tiling = Tiling.make(spec, num_rows, num_keys, blocks)
     # Without noise, words that nobody reads.
     words = jnp.zeros((batch, 1), jnp.uint32) if noise is None else common.with_child_keys(noise)
     q = by_head(query, tiling.query)
     k = by_head(key, tiling.key)
-    v = by_head(clipped(value, value_scale), tiling.key)
+    v = by_head(common.clipped(value, value_scale), tiling.key)
 
     def row_block(b: Any, h: Any, i: Any, step: Any, lengths: Any) -> Any:
         return b, h, i, 0
@@ -102,8 +132,8 @@ def forward(
         (1, 1, words.shape[1]), lambda b, *_: (b, 0, 0), memory_space=pltpu.SMEM
     )
     out_shape = [
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((batch, heads, 1, q.shape[2]), jnp.float32),
+        jax.ShapeDtypeStruct(q.shape, jnp.int32 if units else q.dtype),
+        jax.ShapeDtypeStruct((batch, heads, 1, q.shape[2]), jnp.int32 if units else jnp.float32),
     ]
     out_specs = [rows, pl.BlockSpec((1, 1, 1, tiling.query), row_statistic)]
     if keep_clean and spec.mode == "sequence":
@@ -112,7 +142,9 @@ def forward(
     sums = jnp.int32 if spec.mode == "record" else jnp.float32
     column = (tiling.query, 1)
     results = pl.pallas_call(
-        functools.partial(_forward_kernel, tiling=tiling, num_keys=num_keys, unroll=not interpret),
+        functools.partial(
+            _forward_kernel, tiling=tiling, num_keys=num_keys, units=units, unroll=not interpret
+        ),
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -133,10 +165,10 @@ def forward(
             products=2,
             once=(q, *out_shape),
             moving=tiling.key,
-            normals=q.size if spec.is_noisy else 0,
+            normals=q.size if spec.is_noisy and not units else 0,
         ),
         interpret=interpret,
-        name=f"attention_{spec.mode}_forward",
+        name="attention_sums" if units else f"attention_{spec.mode}_forward",
     )(lengths, q, k, v, words[:, None])
     stat = results[1][:, :, 0, :num_rows]
     out, *clean = (jnp.swapaxes(x, 1, 2)[:, :num_rows] for x in (results[0], *results[2:]))
@@ -154,9 +186,12 @@ def _forward_kernel(
     *rest: Any,
     tiling: Tiling,
     num_keys: int,
+    units: common.Units | None,
     unroll: bool,
 ) -> None:
     """One block of rows and one block of keys; the last step releases the rows.
+
+    With ``units`` it writes their sums instead, in these units.
 
     The sums over the keys are in ``sums`` [query, H] and ``total`` [query, 1]: multiples
     of a unit in record mode, else relative to the running maximum ``top``.
@@ -166,8 +201,10 @@ def _forward_kernel(
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
     first, last = tiling.key_span(i, lengths[b])
     if spec.mode == "record":
-        sum_unit = common.fixed_point_unit(spec.value_clip, num_keys)
-        weight_unit = common.fixed_point_unit(1.0, num_keys)
+        sum_unit, weight_unit = units or (
+            common.fixed_point_unit(spec.value_clip, num_keys),
+            common.fixed_point_unit(1.0, num_keys),
+        )
 
     @pl.when(step == 0)
     def _() -> None:
@@ -197,6 +234,10 @@ def _forward_kernel(
 
     @pl.when(step == tiling.key_steps() - 1)
     def _() -> None:
+        if units:
+            out_ref[0, 0] = sums[...]
+            stat_ref[0, 0] = to_row(total[...])
+            return
         words = [noise_ref[0, 0, w] for w in range(noise_ref.shape[2])]
         place = Place(words, i * tiling.query, h, spec.rounds, unroll)
         if spec.mode == "record":

@@ -26,7 +26,6 @@ from pallas_kernels.attention.mosaic_tpu_tiling import (
     Blocks,
     Tiling,
     by_head,
-    clipped,
     kv_head,
     pick,
     product,
@@ -53,7 +52,7 @@ def backward(
     num_rows, num_keys = query.shape[1], key.shape[1]
     tiling = Tiling.make(spec, num_rows, num_keys, blocks or Blocks())
     q, do = (by_head(x, tiling.query) for x in (query, d_out))
-    k, v = (by_head(x, tiling.key) for x in (key, clipped(value, value_scale)))
+    k, v = (by_head(x, tiling.key) for x in (key, common.clipped(value, value_scale)))
     # Rows that are not there have no weight anywhere.
     padding = ((0, 0), (0, 0), (0, 0), (0, -num_rows % tiling.query))
     lse = jnp.pad(lse[:, :, None], padding, constant_values=NOTHING_SEEN)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from pallas_kernels.attention import common, tile
 from pallas_kernels.attention.spec import AttentionSpec
@@ -174,17 +174,6 @@ def by_head(x: Float[Array, "b t n h"], block: int) -> Float[Array, "b n p h"]:
     """[B, T, N, H] → [B, N, T, H] with zero rows up to a multiple of ``block``."""
     x = jnp.swapaxes(x, 1, 2)
     return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)))
-
-
-def clipped(
-    value: Float[Array, "b s k h"], scale: Float32[Array, "b k s"] | None
-) -> Float[Array, "b s k h"]:
-    """c·v in the values' dtype; rows with c = 0 are zero whatever they hold."""
-    if scale is None:
-        return value
-    factor = jnp.swapaxes(scale, 1, 2)[..., None]
-    finite = jnp.where(factor > 0.0, value.astype(jnp.float32), 0.0)
-    return (finite * factor).astype(value.dtype)
 
 
 def product(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:

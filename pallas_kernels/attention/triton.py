@@ -101,6 +101,41 @@ def forward(
 
     See :class:`pallas_kernels.attention.fused.Backend` for the arguments.
     """
+    dtypes = query.dtype, jnp.float32, spec.mode == "sequence" and keep_clean
+    operands = (query, key, value, value_scale, noise, lengths)
+    return _launch(operands, spec, None, dtypes, blocks, interpret)
+
+
+def sums(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    value_scale: Float32[Array, "B K S"] | None,
+    lengths: Int32[Array, "B"],
+    spec: AttentionSpec,
+    units: common.Units,
+    *,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> tuple[Int32[Array, "B T N H"], Int32[Array, "B N T"]]:
+    """See :class:`pallas_kernels.attention.fused.Backend`."""
+    operands = (query, key, value, value_scale, None, lengths)
+    return _launch(operands, spec, units, (jnp.int32, jnp.int32, False), blocks, interpret)[:2]
+
+
+def _launch(
+    operands: tuple[Any, ...],
+    spec: AttentionSpec,
+    units: common.Units | None,
+    results: tuple[Any, Any, bool],
+    blocks: Blocks | None,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Runs the kernel; with ``units`` for :func:`sums`.
+
+    ``results`` is the dtypes of rows and statistic, and whether there is a clean output.
+    """
+    query, key, _, value_scale, noise, _ = operands
     batch, num_rows, heads, depth = query.shape
     num_keys, kv_heads = key.shape[1:3]
     groups = heads // kv_heads
@@ -112,11 +147,13 @@ def forward(
     scale_spec = pl.BlockSpec((None, None, num_keys), lambda i, n, b: (b, n // groups, 0))
     noise_spec = pl.BlockSpec((None, 11), lambda i, n, b: (b, 0))
     stat_spec = pl.BlockSpec((None, None, num_rows), lambda i, n, b: (b, n, 0))
-    keep_clean = keep_clean and spec.mode == "sequence"
-    out = jax.ShapeDtypeStruct(query.shape, query.dtype)
-    stat = jax.ShapeDtypeStruct((batch, heads, num_rows), jnp.float32)
+    out_dtype, stat_dtype, keep_clean = results
+    out = jax.ShapeDtypeStruct(query.shape, out_dtype)
+    stat = jax.ShapeDtypeStruct((batch, heads, num_rows), stat_dtype)
     result: tuple[jax.Array, jax.Array, jax.Array | None] = pl.pallas_call(
-        functools.partial(_kernel, spec=spec, blocks=blocks, num_rows=num_rows, num_keys=num_keys),
+        functools.partial(
+            _kernel, spec=spec, units=units, blocks=blocks, num_rows=num_rows, num_keys=num_keys
+        ),
         out_shape=(out, stat, out if keep_clean else None),
         grid=(pl.cdiv(num_rows, blocks.rows), heads, batch),
         in_specs=[
@@ -130,8 +167,8 @@ def forward(
         out_specs=(query_spec, stat_spec, query_spec if keep_clean else None),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
-        name=f"attention_{spec.mode}",
-    )(query, key, value, value_scale, noise, lengths)
+        name=f"attention_{'sums' if units else spec.mode}",
+    )(*operands)
     return result
 
 
@@ -147,11 +184,12 @@ def _kernel(
     clean_ref: Any,
     *,
     spec: AttentionSpec,
+    units: common.Units | None,
     blocks: Blocks,
     num_rows: int,
     num_keys: int,
 ) -> None:
-    """One block of query rows of one head."""
+    """One block of query rows of one head; with ``units``, its sums and no release."""
     # With a causal mask the last rows see most: they start first.
     first_row = (pl.num_programs(0) - 1 - pl.program_id(0)) * blocks.rows
     length = lengths_ref[pl.program_id(2)]
@@ -183,8 +221,21 @@ def _kernel(
         v = triton_tile.load(values, (scale > 0.0)[:, None])
         return triton_tile.dot((weights * scale[None, :]).astype(q.dtype), v)
 
-    sums = _bounded_sums if spec.mode == "record" else _softmax
-    total, stat = sums(spec, blocks, q.shape, num_keys, first, last, logits, weighted_values)
+    steps = (blocks, q.shape, first, last, logits, weighted_values)
+    if spec.mode != "record":
+        total, stat = _softmax(spec, *steps)
+    else:
+        own = common.Units(
+            common.fixed_point_unit(spec.value_clip, num_keys),
+            common.fixed_point_unit(1.0, num_keys),
+        )
+        total, stat = _bounded_sums(spec, units or own, *steps)
+        if units:
+            plgpu.store(out_ref.at[row_slice, :], total, mask=in_bounds[:, None])
+            plgpu.store(stat_ref.at[row_slice], stat, mask=in_bounds)
+            return
+        total = total.astype(jnp.float32) * jnp.float32(own.numerator)
+        stat = stat.astype(jnp.float32) * jnp.float32(own.denominator)
 
     if clean_ref is not None:
         plgpu.store(clean_ref.at[row_slice, :], total.astype(q.dtype), mask=in_bounds[:, None])
@@ -210,21 +261,19 @@ def _kernel(
 
 def _bounded_sums(
     spec: AttentionSpec,
+    units: common.Units,
     blocks: Blocks,
     shape: tuple[int, ...],
-    num_keys: int,
     first: jax.Array,
     last: jax.Array,
     logits: Any,
     weighted_values: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """N and L of record mode.
+    """N and L of record mode, in ``units``.
 
     At most ``common.CHUNK`` keys are summed in floating point; such sums are rounded to a
     public grid and added as integers (docs/privacy.md, section 1, "Rounding").
     """
-    unit = common.fixed_point_unit(spec.value_clip, num_keys)
-    unit_of_weights = common.fixed_point_unit(1.0, num_keys)
     bound = jnp.float32(spec.logit_bound * triton_tile.LOG2_E)
 
     def block(j: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -239,31 +288,26 @@ def _bounded_sums(
         zeros = jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:1], jnp.float32)
         numerator, denominator = jax.lax.fori_loop(begin, end, block, zeros)
         return (
-            totals[0] + triton_tile.to_fixed_point(numerator, unit),
-            totals[1] + triton_tile.to_fixed_point(denominator, unit_of_weights),
+            totals[0] + triton_tile.to_fixed_point(numerator, units.numerator),
+            totals[1] + triton_tile.to_fixed_point(denominator, units.denominator),
         )
 
     zeros = jnp.zeros(shape, jnp.int32), jnp.zeros(shape[:1], jnp.int32)
     chunks = first // common.CHUNK, pl.cdiv(last, common.CHUNK)
-    numerator, denominator = jax.lax.fori_loop(*chunks, chunk, zeros)
-    return (
-        numerator.astype(jnp.float32) * jnp.float32(unit),
-        denominator.astype(jnp.float32) * jnp.float32(unit_of_weights),
-    )
+    totals: tuple[jax.Array, jax.Array] = jax.lax.fori_loop(*chunks, chunk, zeros)
+    return totals
 
 
 def _softmax(
     spec: AttentionSpec,
     blocks: Blocks,
     shape: tuple[int, ...],
-    num_keys: int,
     first: jax.Array,
     last: jax.Array,
     logits: Any,
     weighted_values: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """The softmax average of the values, and the log-sum-exp of the logits."""
-    del num_keys
 
     def block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         total, weight_sum, top = carry

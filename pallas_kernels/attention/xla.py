@@ -99,8 +99,12 @@ def _chunk(
     top = jnp.max(logits, axis=-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
     weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = (weights / jnp.where(total == 0.0, 1.0, total)).astype(value.dtype)
+    if spec.mode == "sequence":
+        total = common.sum_by_halves(weights)[..., None]
+    else:
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+    # Not a division, which some programs make this of.
+    weights = (weights * (1.0 / jnp.where(total == 0.0, 1.0, total))).astype(value.dtype)
     out = jnp.einsum(
         "bkgts,bskh->btkgh", weights, value, precision=precision, preferred_element_type=jnp.float32
     )

@@ -8,7 +8,13 @@ from pallas_kernels.prng.chacha import (
     random_block,
     stream_words,
 )
-from pallas_kernels.prng.normal import blocks_of_tile, box_muller, normal_stream, normal_tile
+from pallas_kernels.prng.normal import (
+    blocks_of_tile,
+    box_muller,
+    head_counters,
+    normal_stream,
+    normal_tile,
+)
 from pallas_kernels.prng.streams import derive_path, normal_streams
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "chacha_block",
     "derive_key",
     "derive_path",
+    "head_counters",
     "normal_stream",
     "normal_streams",
     "normal_tile",

@@ -105,6 +105,11 @@ def blocks_of_tile(columns: int) -> int:
     return 4 if columns <= 64 else 8
 
 
+def head_counters(first_head: jax.Array | int, heads: int) -> UInt32[Array, "n"]:
+    """The counters of ``heads`` heads from the first one's, which may be traced."""
+    return jnp.asarray(first_head).astype(jnp.uint32) + jnp.arange(heads, dtype=jnp.uint32)
+
+
 def normal_tile(
     key_words: UInt32[Array, "*kb 8"],
     batch: UInt32[Array, "b"],
@@ -113,7 +118,7 @@ def normal_tile(
     columns: int,
     *,
     rounds: Rounds = 20,
-    first_head: int = 0,
+    first_head: jax.Array | int = 0,
 ) -> Float32[Array, "b t n c"]:
     """Standard normals for attention rows, in the layout of the module's docstring.
 
@@ -135,7 +140,7 @@ def normal_tile(
     counters = (
         jnp.arange(blocks * tiles, dtype=jnp.uint32)[None, None, None, :],
         rows[None, :, None, None],
-        jnp.arange(first_head, first_head + heads, dtype=jnp.uint32)[None, None, :, None],
+        head_counters(first_head, heads)[None, None, :, None],
         batch[:, None, None, None],
     )
     block = chacha_block(key_words, counters, rounds=rounds)

@@ -7,6 +7,7 @@ import pytest
 from pallas_kernels.attention import (
     AttentionSpec,
     attention,
+    common,
     mosaic_gpu,
     mosaic_gpu_forward,
     mosaic_gpu_rows,
@@ -104,6 +105,23 @@ def test_compiles_for_h100_without_spills(name, ptxas):
     # given back, or they wait for ever.
     after = registers_taken(forward, operands)
     assert sum(after) <= report.registers[0] * len(after)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    "name", ["record", "record, causal, ragged, GQA", "record, D=64", "record, D=256"]
+)
+def test_sums_alone_compile_without_spills(name, ptxas):
+    _, (query, key, value, factors, _, lengths) = make_case(name)
+    spec = AttentionSpec(mode="record", scale=0.1, is_causal="causal" in name, **RECORD)
+    units = common.sum_units(spec, 2**20)
+    report = ptxas(
+        lambda *operands: mosaic_gpu.sums(*operands, spec, units),
+        query, key, value, factors, lengths,
+    )  # fmt: skip
+    assert len(report.registers) == 1
+    assert report.spilled == 0
+    assert not report.warnings
 
 
 @pytest.mark.aot

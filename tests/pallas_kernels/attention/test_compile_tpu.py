@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.attention import AttentionSpec, mosaic_tpu
+from pallas_kernels.attention import AttentionSpec, common, mosaic_tpu
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("no_cache")]
 
@@ -82,6 +82,9 @@ def compile_for(offline, chip, case, direction, blocks=None):
     statistic = array((batch, heads, num_rows), jnp.float32)
     if direction == "forward":
         kernel, operands = mosaic_tpu.forward, (rows, keys, keys, scale, noise, lengths)
+    elif direction == "sums":
+        kernel = functools.partial(mosaic_tpu.sums, units=common.sum_units(spec, 2**20))
+        operands = (rows, keys, keys, scale, lengths)
     else:
         kernel = mosaic_tpu.backward
         operands = (rows, keys, keys, scale, lengths, statistic, statistic, rows)
@@ -96,6 +99,12 @@ def test_compiles(offline, chip, name, direction):
     compiled = compile_for(offline, chip, CASES[name], direction)
     kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
     assert kernels == (1 if direction == "forward" else 2)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "record" in name])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_sums_alone_compile(offline, chip, name):
+    assert "tpu_custom_call" in compile_for(offline, chip, CASES[name], "sums").as_text()
 
 
 def test_blocks_that_do_not_fit_are_refused(offline):

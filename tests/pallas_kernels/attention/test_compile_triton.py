@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.attention import AttentionSpec, triton
+from pallas_kernels.attention import AttentionSpec, common, triton
 
 pytestmark = pytest.mark.aot
 
@@ -67,6 +67,11 @@ def test_compiles(offline, name, card):
         forward: (query, key, key, scale, noise, lengths),
         backward: (query, key, key, scale, lengths, stat, stat, query),
     }
+    if mode == "record":
+        units = common.sum_units(spec, 2**20)
+        passes[lambda *operands: triton.sums(*operands, spec, units)] = (
+            query, key, key, scale, lengths,
+        )  # fmt: skip
     for one_pass, operands in passes.items():
         compiled = offline.compile_for(card, one_pass, *operands)
         assert "__gpu$xla.gpu.triton" in compiled.as_text()

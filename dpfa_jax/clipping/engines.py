@@ -108,7 +108,7 @@ def bookkeeping(
             more = weighted_sum(group.site, blocks, weights[clip.groups[group.leaf]])
             sums[group.leaf] = sums[group.leaf] + more if group.leaf in sums else more
         full = [
-            sums[i] if i in sums else jnp.zeros(jnp.shape(leaves[i]), jnp.float32)
+            sums[i] if i in sums else jnp.zeros_like(leaves[i], jnp.float32)
             for i in range(plan.trace.leaves)
         ]
         return onto(start, full)
@@ -161,7 +161,7 @@ def two_pass(
         sums[group.leaf] = sums[group.leaf] + more if group.leaf in sums else more
     some = jnp.any(keep)
     full = [
-        jnp.where(some, sums[i], 0.0) if i in sums else jnp.zeros(jnp.shape(leaves[i]), jnp.float32)
+        jnp.where(some, sums[i], 0.0) if i in sums else jnp.zeros_like(leaves[i], jnp.float32)
         for i in range(plan.trace.leaves)
     ]
     return onto(start, full), (readings.aux, norms)

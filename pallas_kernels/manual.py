@@ -5,11 +5,13 @@ the type of their results, and the gradient of a value that is the same on all d
 sum over them: so what is meant for one device has to be *varying* first.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
+from jax.interpreters import mlir
 
 
 def varying_axes(*arrays: Any) -> frozenset[str]:
@@ -34,6 +36,34 @@ def vary(tree: Any, axes: Iterable[str]) -> Any:
         return jax.lax.pcast(jnp.asarray(x), tuple(sorted(missing)), to="varying") if missing else x
 
     return jax.tree.map(one, tree)
+
+
+def result(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result, for calls in :func:`without_types`: it does not vary."""
+    kind = jax.sharding.ManualAxisType()
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
+
+
+def without_types(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel for operands whose types may vary; its own program sees no such types.
+
+    The inside of a Pallas kernel is one device's in any case, and its loops would have to be
+    written for types that mean nothing there. The results vary where an operand does.
+    """
+
+    def run(*operands: Any) -> Any:
+        axes = varying_axes(*operands)
+        if not axes:
+            return kernel(*operands)
+        return vary(kernel(*map(_forget.bind, operands)), axes)
+
+    return run
+
+
+_forget = jax.extend.core.Primitive("forget_varying")
+_forget.def_impl(lambda x: x)
+_forget.def_abstract_eval(lambda x: x.update(manual_axis_type=jax.sharding.ManualAxisType()))
+mlir.register_lowering(_forget, lambda _, x: [x])
 
 
 def shape_like(

@@ -128,7 +128,7 @@ def grad_norm_squared(
     name: str = implementation or next(n for n, no in explain(x, g, form=form) if no is None)
     if name in _PLAIN:
         return _PLAIN[name](x, g, form)
-    run = batching.folded(_module(name), "grad_norm_squared", form, interpret=interpret)
+    run = batching.folded(_module(name), "grad_norm_squared", form, split=True, interpret=interpret)
     return run(x, g)  # type: ignore[no-any-return]
 
 
@@ -171,7 +171,7 @@ def grad_norm_with_rows(
     if form == "gram" and name == "xla":
         return xla.gram_with_rows(x, g)
     if form == "gram" and name == "mosaic_gpu":
-        run = batching.folded(_module(name), "gram_with_rows", interpret=interpret)
+        run = batching.folded(_module(name), "gram_with_rows", split=True, interpret=interpret)
         return run(x, g)  # type: ignore[no-any-return]
     squared = grad_norm_squared(x, g, implementation=name, form=form, interpret=interpret)
     return common.norms_with_rows(squared, *(common.row_squares(y) for y in (x, g)))

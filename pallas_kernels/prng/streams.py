@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float32, UInt32
 
 from pallas_kernels.devices import wrong_device
-from pallas_kernels.manual import shape_like
+from pallas_kernels.manual import result, without_types
 from pallas_kernels.prng.chacha import derive_key, random_block
 from pallas_kernels.prng.normal import STREAM_TILE, block_normals, normal_stream
 
@@ -123,16 +123,17 @@ def derive_path(
         for i, word in enumerate(words):
             out_ref[i] = word
 
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
-        out_shape=shape_like((8,), jnp.uint32, key_words, indices),
+        out_shape=result((8,), jnp.uint32),
         grid=(1,),
         in_specs=[pl.BlockSpec((n,), lambda i: (0,)) for n in (8, len(path))],
         out_specs=pl.BlockSpec((8,), lambda i: (0,)),
         compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="derive_path",
-    )(key_words, indices)
+    )
+    return without_types(call)(key_words, indices)
 
 
 def _takes_kernel(implementation: str | None, interpret: bool) -> bool:
@@ -180,16 +181,17 @@ def _launch(
         block = block + jnp.uint32(_BLOCKS_OF_TILE) * jnp.stack(tiles)[rows]
     names = jnp.asarray(np.array([nonces[n] for n, *_ in launch], np.uint32))
     table = jnp.concatenate([block[:, None], names[rows]], axis=1)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         _kernel,
-        out_shape=shape_like((chunk.size * _CHUNK,), jnp.float32, key_words, table),
+        out_shape=result((chunk.size * _CHUNK,), jnp.float32),
         grid=(chunk.size,),
         in_specs=[pl.BlockSpec((8,), lambda i: (0,)), pl.BlockSpec((None, 4), lambda i: (i, 0))],
         out_specs=pl.BlockSpec((_CHUNK,), lambda i: (i,)),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
         name="normal_streams",
-    )(key_words, table)
+    )
+    return without_types(call)(key_words, table)
 
 
 def _kernel(key_ref: Any, counters_ref: Any, out_ref: Any) -> None:

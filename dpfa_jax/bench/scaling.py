@@ -7,6 +7,7 @@ as tokens per second, over k times those of one device.
 
 import dataclasses
 import datetime
+import functools
 import re
 import tempfile
 import time
@@ -29,7 +30,7 @@ from dpfa_jax.bench.decoder import DecoderShape
 from dpfa_jax.bench.files import write_json
 from dpfa_jax.bench.timing import BenchError, Plan, Runnable, describe_error, measure
 from dpfa_jax.clipping import clipped_grad
-from dpfa_jax.parallel.mesh import DATA, fsdp_shardings, make_mesh, replicated
+from dpfa_jax.parallel.mesh import DATA, fsdp_shardings, gathered, make_mesh, replicated
 
 LAYOUTS = ("dp", "fsdp")
 MODES = ("weak", "strong")
@@ -92,6 +93,10 @@ def make_case(model: str, shape: DecoderShape, layout: str, mode: str, devices: 
     return Case(model, layout, mode, devices, shape, examples)
 
 
+def _as_it_is(x: jax.Array) -> jax.Array:
+    return x
+
+
 class TrainStep:
     """A compiled step of DP-SGD with AdamW on a mesh, and the state that it updates in place."""
 
@@ -99,8 +104,13 @@ class TrainStep:
         shape, self._mesh = case.shape, mesh
         rows = NamedSharding(mesh, PartitionSpec(DATA))
         batch = case.examples * case.devices
+        whole = functools.partial(gathered, mesh=mesh) if case.layout == "fsdp" else _as_it_is
+
+        def loss(params: PyTree, _: None, tokens: jax.Array) -> jax.Array:
+            return decoder.loss(shape, params, None, tokens, whole)
+
         grad = clipped_grad(
-            steps.example_loss(shape),
+            loss,
             l2_clip_norm=steps.CLIP_NORM,
             batch_argnums=2,
             microbatch_size=None if shape.accumulate == 1 else shape.batch * case.devices,

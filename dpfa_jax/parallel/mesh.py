@@ -102,6 +102,24 @@ def fsdp_shardings(tree: PyTree, mesh: Mesh, axis: str = DATA) -> PyTree:
     return jax.tree.map(one, tree)
 
 
+def gathered(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """All of a parameter on every device, for the moment of its use in a loss.
+
+    XLA finds by itself that fully sharded parameters have to be gathered; in some places it
+    would rather gather activations, of all devices' examples (an embedding table, most of all).
+    This leaves it no choice. Cast first: what travels has the dtype that is used. Inside
+    ``jax.checkpoint`` the backward pass gathers again, and no device holds all layers.
+
+    Example:
+        >>> mesh = make_mesh({"data": 1}, jax.devices()[:1])
+        >>> jax.jit(lambda w: gathered(w, mesh) * 2)(jax.numpy.ones(2)).tolist()
+        [2.0, 2.0]
+    """
+    # Without the barrier XLA gathers first and casts what arrived.
+    x = jax.lax.optimization_barrier(x)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+
 def replicated(tree: PyTree, mesh: Mesh) -> PyTree:
     """The tree with, in place of each array, that every device holds all of it."""
     return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)

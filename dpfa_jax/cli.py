@@ -134,6 +134,7 @@ def _add_bench(commands: Any) -> None:
         help="the result (default: %(default)s)",
     )
     _add_budget(clipping, 420.0)
+    _add_scaling(kinds)
     tune = kinds.add_parser(
         "tune",
         help="measure block sizes and keep the best in a cache file",
@@ -153,6 +154,47 @@ def _add_bench(commands: Any) -> None:
         help="which head dimension; may be given again (default: all)",
     )
     _add_budget(tune, 480.0)
+
+
+def _add_scaling(kinds: Any) -> None:
+    def numbers(text: str) -> list[int]:
+        return [int(n) for n in text.split(",")]
+
+    def words(text: str) -> list[str]:
+        return [w.strip() for w in text.split(",")]
+
+    scaling = kinds.add_parser(
+        "scaling",
+        help="private training steps on one device and on several",
+        description="Times training steps of decoders on 1 to N devices of this machine, data "
+        "parallel and fully sharded, with the batch of a device fixed (weak) and with the whole "
+        "batch fixed (strong). Prints a table and writes every sample.",
+    )
+    scaling.add_argument(
+        "--devices", type=numbers, default=[1], metavar="N,N", help="such as 1,2,4,8"
+    )
+    scaling.add_argument(
+        "--models",
+        type=words,
+        default=["gpt2", "1.3b"],
+        help="gpt2, 1.3b, small (default: %(default)s)",
+    )
+    scaling.add_argument(
+        "--layouts", type=words, default=["dp", "fsdp"], help="default: %(default)s"
+    )
+    scaling.add_argument(
+        "--modes", type=words, default=["weak", "strong"], help="default: %(default)s"
+    )
+    scaling.add_argument("--batch", type=int, metavar="B", help="another batch of one device")
+    scaling.add_argument("--quick", action="store_true", help="weak scaling, few samples")
+    scaling.add_argument(
+        "--json",
+        type=Path,
+        default=Path("runs/bench_scaling.json"),
+        metavar="PATH",
+        help="the result (default: %(default)s)",
+    )
+    _add_budget(scaling, 480.0)
 
 
 def _add_budget(parser: argparse.ArgumentParser, default: float) -> None:
@@ -188,6 +230,23 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
             command=shlex.join(["dpfa", *argv]),
         )
         clipping.print_result(result)
+        print(f"every sample: {args.json}")
+        return
+    if args.kind == "scaling":
+        from dpfa_jax.bench import scaling
+
+        measured = scaling.run(
+            devices=args.devices,
+            models=args.models,
+            layouts=args.layouts,
+            modes=args.modes,
+            batch=args.batch,
+            quick=args.quick,
+            budget=args.budget,
+            json_path=args.json,
+            command=shlex.join(["dpfa", *argv]),
+        )
+        scaling.print_result(measured)
         print(f"every sample: {args.json}")
         return
     if args.kind == "ledger":

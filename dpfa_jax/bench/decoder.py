@@ -1,6 +1,7 @@
 """The decoder that ``dpfa bench clipping`` trains: GPT-2's layout, in plain JAX."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -122,11 +123,23 @@ def init(shape: DecoderShape, key: Key[Array, ""]) -> PyTree:
 
 
 def loss(
-    shape: DecoderShape, base: PyTree, lora: PyTree, tokens: Int32[Array, "t1"]
+    shape: DecoderShape,
+    base: PyTree,
+    lora: PyTree,
+    tokens: Int32[Array, "t1"],
+    use: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, ""]:
     """Mean cross-entropy of one example's next tokens, float32.
 
     JAX's own attention needs its standard dtype promotion.
+
+    Args:
+        shape: of the decoder.
+        base: parameters, as :func:`init` makes them.
+        lora: likewise.
+        tokens: one more than the length.
+        use: what each parameter of ``base`` passes through where it is used, already in the
+            dtype of the products.
     """
     dtype, attention = jnp.dtype(shape.dtype), attention_of(shape)
 
@@ -134,10 +147,10 @@ def loss(
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-5)
-        return (y * p["scale"] + p["bias"]).astype(dtype)
+        return (y * use(p["scale"]) + use(p["bias"])).astype(dtype)
 
     def dense(p: PyTree, extra: PyTree | None, x: jax.Array) -> jax.Array:
-        y = x @ p["kernel"].astype(dtype) + p["bias"].astype(dtype)
+        y = x @ use(p["kernel"].astype(dtype)) + use(p["bias"].astype(dtype))
         if extra is not None:
             y = y + (x @ extra["down"].astype(dtype)) @ extra["up"].astype(dtype)
         return y
@@ -154,8 +167,8 @@ def loss(
     if shape.remat:
         block = jax.checkpoint(block)
     inputs, targets = tokens[:-1], tokens[1:]
-    table = base["tokens"].astype(dtype)
-    x = table[inputs] + base["positions"].astype(dtype)
+    table = use(base["tokens"].astype(dtype))
+    x = table[inputs] + use(base["positions"].astype(dtype))
     for i, p in enumerate(base["blocks"]):
         x = block(p, None if lora is None else lora[i], x)
     logits = (norm(base["norm"], x) @ table.T).astype(jnp.float32)

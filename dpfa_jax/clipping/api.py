@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool
 
 from dpfa_jax.clipping import engines, explain, vmap
@@ -18,6 +19,8 @@ from dpfa_jax.clipping.plan import Plan, make_plan
 from dpfa_jax.clipping.tree import Clip, check_clip_norm
 from dpfa_jax.clipping.verify import check_against_single_calls
 from dpfa_jax.mechanisms import gradient_sensitivity
+from dpfa_jax.parallel.axes import explicit_mesh
+from pallas_kernels import manual
 
 Engine = Literal["auto", "bookkeeping", "two_pass", "per_layer", "vmap"]
 _ENGINES = ("auto", "bookkeeping", "two_pass", "per_layer", "vmap")
@@ -43,6 +46,7 @@ class ClippedGrad:
     groups: Callable[[Path], Hashable] | None = None
     automatic: float | None = None
     trainable: Callable[[Path, Any], bool] | None = None
+    batch_sharding: NamedSharding | None = None
 
     def sensitivity(self, adjacency: Literal["add_remove", "replace_one"]) -> float:
         """Largest L2 change of the returned sum between neighbours.
@@ -76,6 +80,9 @@ class ClippedGrad:
     ) -> tuple[Any, Any, Array]:
         """The sum, the per-example aux, and the per-example norms (NaN for padding)."""
         split = self._split(args)
+        mesh = explicit_mesh((args, is_padding_example))
+        if mesh is not None:
+            return self._run_explicit(split, mesh, args, is_padding_example, l2_clip_norm)
         if is_padding_example is None:
             padding = jnp.zeros(split.examples, jnp.bool_)
         else:
@@ -85,6 +92,10 @@ class ClippedGrad:
                     f"is_padding_example is {padding.dtype}{padding.shape}: "
                     f"bool({split.examples},) is needed, one for each example."
                 )
+        # Inside shard_map: a parameter that is the same on all devices would get the sum of
+        # their examples' gradients, before the clipping. Varying, it gets its own examples'.
+        axes = manual.varying_axes(padding, *split.leaves, *split.batch, *jax.tree.leaves(args))
+        split.leaves, split.batch, padding = manual.vary((split.leaves, split.batch, padding), axes)
         run = self._engine(split)
         clip = dataclasses.replace(self._clip(split), l2_clip_norm=l2_clip_norm)
         if self.verify:
@@ -95,9 +106,33 @@ class ClippedGrad:
             padding,
             self.microbatch_size,
             skip=is_padding_example is not None,
+            sharding=self.batch_sharding,
         )
         norms = jnp.where(padding, jnp.nan, norms)
+        sums = manual.vary(sums, axes)
         return split.unflatten(sums), split.unflatten_aux(aux), norms
+
+    def _run_explicit(
+        self, split: Arguments, mesh: Any, args: Any, padding: Any, l2_clip_norm: Any
+    ) -> Any:
+        """Under a mesh of Explicit axes: within, XLA splits what types do not say."""
+        rows = next(iter(jax.typeof(split.batch[0]).sharding.spec), None)
+        by_example = NamedSharding(mesh, PartitionSpec(rows))
+        structure: list[Any] = []
+
+        def run(args: Any, padding: Any, l2_clip_norm: Any) -> Any:
+            mesh = jax.sharding.get_abstract_mesh()  # the same, of Auto axes
+            inner = dataclasses.replace(self, batch_sharding=NamedSharding(mesh, by_example.spec))
+            sums, aux, norms = inner._run(args, padding, l2_clip_norm)
+            structure.append(jax.tree.structure(sums))
+            return jax.tree.leaves(sums), aux, norms
+
+        sums = [NamedSharding(mesh, jax.typeof(x).sharding.spec) for x in split.leaves]
+        with jax.sharding.use_abstract_mesh(mesh):
+            leaves, aux, norms = jax.sharding.auto_axes(
+                run, axes=mesh.axis_names, out_sharding=(sums, by_example, by_example)
+            )(args, padding, l2_clip_norm)
+        return jax.tree.unflatten(structure[-1], leaves), aux, norms
 
     def explain(self, *args: Any) -> explain.Explanation:
         """Which engine runs for these arguments, and what is done with each leaf, and why.
@@ -166,6 +201,7 @@ def clipped_grad(
     groups: Callable[[Path], Hashable] | None = None,
     automatic: float | None = None,
     trainable: Callable[[Path, Any], bool] | None = None,
+    batch_sharding: NamedSharding | None = None,
 ) -> ClippedGrad:
     """The sum over a batch of per-example gradients, each clipped to norm C.
 
@@ -196,6 +232,10 @@ def clipped_grad(
             gradient counts with nearly norm C and C merges into the learning rate.
         trainable: ``(path, leaf) -> bool``; leaves for which it is False are constants, cost
             nothing, and are None in the result.
+        batch_sharding: under ``jit`` over several devices, how the batch's first axis is split.
+            Only ``microbatch_size``, which counts the examples of all devices together, needs
+            it: each microbatch is then split likewise, where else one device after the other
+            would have the work (docs/scaling.md).
 
     Raises:
         ValueError: for an argument that is not allowed; the message names it.
@@ -226,6 +266,8 @@ def clipped_grad(
             "groups: engine='two_pass' clips one norm; allowed with groups are 'auto', "
             "'bookkeeping', 'per_layer' and 'vmap'."
         )
+    if batch_sharding is not None and not isinstance(batch_sharding, NamedSharding):
+        raise ValueError(f"batch_sharding={batch_sharding!r}: allowed is None or a NamedSharding.")
     numbers_of = {}
     for name, value in (("argnums", argnums), ("batch_argnums", batch_argnums)):
         as_tuple = (value,) if isinstance(value, int) else tuple(value)
@@ -247,6 +289,7 @@ def clipped_grad(
         groups=groups,
         automatic=_check_gamma(automatic),
         trainable=trainable,
+        batch_sharding=batch_sharding,
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dpfa_jax.clipping.trace import Trace, checked_jaxpr, find_sites
+from pallas_kernels import manual
 
 
 @dataclasses.dataclass
@@ -57,7 +58,9 @@ class Arguments:
 
 def _shape(x: Any, drop: int) -> jax.ShapeDtypeStruct:
     weak = bool(getattr(x, "weak_type", isinstance(x, float | int)))
-    return jax.ShapeDtypeStruct(jnp.shape(x)[drop:], jax.dtypes.result_type(x), weak_type=weak)
+    # Inside shard_map the type also says along which axes the value differs between devices.
+    shape, dtype = jnp.shape(x)[drop:], jax.dtypes.result_type(x)
+    return manual.shape_like(shape, dtype, x, weak_type=weak)
 
 
 def split_arguments(

@@ -135,7 +135,7 @@ def bookkeeping(
             more = weighted_products(group.site, blocks, factor, product)
             sums[group.leaf] = sums[group.leaf] + more if group.leaf in sums else more
         full = [
-            sums[i] if i in sums else jnp.zeros(jnp.shape(leaves[i]), jnp.float32)
+            sums[i] if i in sums else jnp.zeros_like(leaves[i], jnp.float32)
             for i in range(plan.trace.leaves)
         ]
         return onto(start, full)
@@ -188,7 +188,7 @@ def two_pass(
         sums[group.leaf] = sums[group.leaf] + more if group.leaf in sums else more
     some = jnp.any(keep)
     full = [
-        jnp.where(some, sums[i], 0.0) if i in sums else jnp.zeros(jnp.shape(leaves[i]), jnp.float32)
+        jnp.where(some, sums[i], 0.0) if i in sums else jnp.zeros_like(leaves[i], jnp.float32)
         for i in range(plan.trace.leaves)
     ]
     return onto(start, full), (readings.aux, norms)

@@ -128,6 +128,10 @@ def _split(view: View, eqn: Any) -> list[View | None] | None:
 VIEW_OPS: dict[str, Callable[[View, Any], list[View | None] | None]] = {
     "convert_element_type": _cast,
     "copy": lambda view, eqn: [view],
+    # Where a value lies, and along which axes its type varies: its entries are the same.
+    "sharding_constraint": lambda view, eqn: [view],
+    "pvary": lambda view, eqn: [view],
+    "optimization_barrier": lambda view, eqn: [view] if len(eqn.invars) == 1 else None,
     "transpose": lambda view, eqn: [view.transposed(tuple(eqn.params["permutation"]))],
     "reshape": _same_entries,
     "squeeze": _same_entries,

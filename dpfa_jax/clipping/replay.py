@@ -17,6 +17,7 @@ from jax.lax import GatherScatterMode
 
 from dpfa_jax.clipping.recognise import Path, Site
 from dpfa_jax.clipping.trace import Trace, scan_counts
+from pallas_kernels import manual
 
 
 @jax.custom_vjp
@@ -74,8 +75,10 @@ def read(
         seed: [batch], the cotangents of the losses; None means ones.
     """
     paths = {site.path: number for number, site in enumerate(sites)}
+    axes = manual.varying_axes(*leaves, *batch)
     probes = {
-        n: jnp.zeros((*s.scans, *s.output.shape), s.output.dtype) for n, s in enumerate(sites)
+        n: manual.vary(jnp.zeros((*s.scans, *s.output.shape), s.output.dtype), axes)
+        for n, s in enumerate(sites)
     }
 
     def one(example: list[Any], seed: Any) -> Readings:
@@ -88,7 +91,7 @@ def read(
 
         chosen = {i: jnp.asarray(leaves[i]) for i in materialised}
         value, pull, (operands, aux) = jax.vjp(loss, probes, chosen, has_aux=True)
-        start = jnp.ones((), value.dtype) if seed is None else seed.astype(value.dtype)
+        start = jnp.ones_like(value) if seed is None else seed.astype(value.dtype)
         cotangents, gradients = pull(start)
         return Readings(operands, cotangents, gradients, aux)
 

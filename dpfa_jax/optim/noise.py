@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key, PyTree, UInt32
 
 from dpfa_jax import keys
 from dpfa_jax.clipping.tree import check_clip_norm, clip_and_sum
 from dpfa_jax.mechanisms import check_correlation, gradient_sensitivity
+from dpfa_jax.parallel import axes
 from pallas_kernels import prng
 
 # Noisy sums are rounded to a multiple of a power of two near σ·2⁻¹⁰: the last digits of an
@@ -75,6 +77,8 @@ def add_noise(
     *,
     adjacency: str = "add_remove",
     correlation: float = 0.0,
+    axis_name: axes.AxisNames | None = None,
+    specs: PyTree | None = None,
 ) -> optax.GradientTransformation:
     """Optax: a clipped **sum** in (:func:`dpfa_jax.clipped_grad`), a private mean out.
 
@@ -92,6 +96,11 @@ def add_noise(
     releases any more: all of a run together are one
     :func:`dpfa_jax.accounting.correlated_noise_event`, and no step has an event of its own.
 
+    Several devices (docs/scaling.md). The noise is that of one device, bit for bit, and is added
+    once. Under ``jit`` nothing has to be said: each device makes the noise of the part of the
+    sum that it holds. Inside ``shard_map`` and ``pmap`` a sum that is one device's own
+    is refused, or with ``axis_name`` added up first.
+
     Args:
         l2_clip_norm: C, the clip norm of the sum's terms.
         noise_multiplier: z; 0 adds no noise (and protects nothing).
@@ -99,9 +108,15 @@ def add_noise(
         rng: a key for this transformation alone. There is no default; a second use raises.
         adjacency: ``'add_remove'`` or ``'replace_one'``.
         correlation: λ, from 0 to below 1.
+        axis_name: inside ``shard_map`` or ``pmap``, the mesh axes over which the sums are still
+            to be added up (``jax.lax.psum``); ``()`` says that this was done. None is for
+            ``jit``, and for ``shard_map`` where types show that it was done.
+        specs: inside ``shard_map``, a tree of ``PartitionSpec`` like the sum: how each leaf, of
+            which a device holds a part, is split. None: every device holds all of it.
 
     Raises:
-        ValueError: for a missing or unsuited key, or a number that is not allowed.
+        ValueError: for a missing or unsuited key, a number that is not allowed, or a sum that
+            is not over all devices.
 
     Example:
         >>> from dpfa_jax import SecureKey
@@ -124,11 +139,13 @@ def add_noise(
         updates: PyTree, state: DPNoiseState, params: PyTree | None = None
     ) -> tuple[PyTree, DPNoiseState]:
         del params
+        split = None if specs is None else _specs_of(updates, specs)
+        updates = axes.whole_sum(updates, state.key, axis_name, split)
         drawn = [(_step_words(state.key, state.step), jnp.float32(1.0))]
         if correlation:
             weight = jnp.where(state.step > 0, jnp.float32(-correlation), 0.0)
             drawn.append((_step_words(state.key, state.step - jnp.uint32(1)), weight))
-        mean = _release(updates, drawn, sum_std, expected_batch_size)
+        mean = _release(updates, drawn, sum_std, expected_batch_size, split)
         return mean, DPNoiseState(state.step + jnp.uint32(1), state.key)
 
     return optax.GradientTransformation(init, update)
@@ -146,11 +163,56 @@ def grid_spacing(sum_std: float) -> float:
 
 def _step_words(key: jax.Array, step: jax.Array) -> jax.Array:
     """The words of the key that all leaves' noise of a step comes from."""
-    return keys.purpose_words(key, step, keys.GRADIENT)
+    return axes.agreed_words(keys.purpose_words(key, step, keys.GRADIENT))
+
+
+def _specs_of(updates: PyTree, specs: PyTree) -> list[PartitionSpec]:
+    def is_spec(x: Any) -> bool:
+        return x is None or isinstance(x, PartitionSpec)
+
+    given, structure = jax.tree.flatten(specs, is_leaf=is_spec)
+    wanted = jax.tree.structure(updates)
+    if str(structure) != str(wanted) or not all(map(is_spec, given)):
+        raise ValueError(
+            f"specs={specs}: a tree of PartitionSpec like the updates is needed, {wanted}."
+        )
+    return [PartitionSpec() if spec is None else spec for spec in given]
+
+
+def _normals(
+    words: jax.Array,
+    leaves: Sequence[jax.Array],
+    nonces: Sequence[tuple[int, int, int]],
+    specs: Sequence[PartitionSpec] | None,
+) -> list[jax.Array]:
+    """Gaussians like the leaves; of each, every device makes the part that it holds."""
+    mesh = axes.explicit_mesh(leaves)
+    if mesh is None and not axes.manual_axes():
+        return prng.normals_like(words, leaves, nonces)
+    if mesh is not None:
+        found = [jax.typeof(x).sharding.spec for x in leaves]
+
+        def local(words: jax.Array) -> list[jax.Array]:
+            shapes = [x.shape for x in leaves]
+            return prng.local_normals(words, shapes, nonces, found, mesh.shape)
+
+        made = jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec(), out_specs=found)
+        return list(made(words))
+    sizes = jax.sharding.get_abstract_mesh().shape
+    split = specs or [PartitionSpec()] * len(leaves)
+    shapes = []
+    for x, spec in zip(leaves, split, strict=True):
+        ways = [math.prod(sizes[a] for a in d) for d in prng.axes_by_dimension(spec, x.ndim)]
+        shapes.append(tuple(n * k for n, k in zip(x.shape, ways, strict=True)))
+    return prng.local_normals(words, shapes, nonces, split, sizes)
 
 
 def _release(
-    updates: PyTree, drawn: Sequence[tuple[jax.Array, jax.Array]], std: float, divisor: float
+    updates: PyTree,
+    drawn: Sequence[tuple[jax.Array, jax.Array]],
+    std: float,
+    divisor: float,
+    specs: Sequence[PartitionSpec] | None = None,
 ) -> PyTree:
     """(updates + std Σ weight · noise, rounded to the grid) / divisor.
 
@@ -161,15 +223,16 @@ def _release(
         mean = [(x.astype(jnp.float32) / jnp.float32(divisor)).astype(x.dtype) for _, x in leaves]
         return jax.tree.unflatten(structure, mean)
     spacing = grid_spacing(std)
-    streams = [(x.size, _leaf_nonce(path)) for path, x in leaves]
-    made = [(prng.normal_streams(words, streams), weight) for words, weight in drawn]
+    nonces = [_leaf_nonce(path) for path, _ in leaves]
+    arrays = [x for _, x in leaves]
+    made = [(_normals(words, arrays, nonces, specs), weight) for words, weight in drawn]
     released = []
     for n, (_, x) in enumerate(leaves):
         (first, _), *others = made
         g = first[n]
         for noise, weight in others:
             g = g + weight * noise[n]
-        noisy = x.astype(jnp.float32) + jnp.float32(std) * g.reshape(x.shape)
+        noisy = x.astype(jnp.float32) + jnp.float32(std) * g
         rounded = jnp.round(noisy / spacing) * spacing
         released.append((rounded / jnp.float32(divisor)).astype(x.dtype))
     return jax.tree.unflatten(structure, released)
@@ -193,6 +256,7 @@ def dp_aggregate(
     rng: Key[Array, ""] | keys.SecureKey,
     *,
     adjacency: str = "add_remove",
+    axis_name: axes.AxisNames | None = None,
 ) -> optax.GradientTransformation:
     """Optax: per-example gradients in (leading batch axis), a private mean out.
 
@@ -214,7 +278,14 @@ def dp_aggregate(
         >>> bool(jnp.isfinite(mean["w"]).all())
         True
     """
-    noise = add_noise(l2_clip_norm, noise_multiplier, expected_batch_size, rng, adjacency=adjacency)
+    noise = add_noise(
+        l2_clip_norm,
+        noise_multiplier,
+        expected_batch_size,
+        rng,
+        adjacency=adjacency,
+        axis_name=axis_name,
+    )
 
     def update(
         updates: PyTree, state: DPNoiseState, params: PyTree | None = None

@@ -1,5 +1,6 @@
 """The one entry point: checks, the choice of a form and an implementation, and the call."""
 
+import functools
 import importlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels import batching
+from pallas_kernels import batching, partition
 from pallas_kernels.devices import PLATFORMS
 from pallas_kernels.devices import wrong_device as _wrong_device
 from pallas_kernels.grad_norm import common, reference, xla
@@ -25,6 +26,7 @@ _PLAIN: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.grad_norm_squared,
 }
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+_folded = functools.partial(batching.folded, partitioned=partition.by_batch)
 
 
 def implementations() -> tuple[str, ...]:
@@ -129,7 +131,7 @@ def grad_norm_squared(
     name: str = implementation or next(n for n, no in explain(x, g, form=form) if no is None)
     if name in _PLAIN:
         return _PLAIN[name](x, g, form)
-    run = batching.folded(_module(name), "grad_norm_squared", form, interpret=interpret)
+    run = _folded(_module(name), "grad_norm_squared", form, interpret=interpret)
     return run(x, g)  # type: ignore[no-any-return]
 
 
@@ -172,7 +174,7 @@ def grad_norm_with_rows(
     if form == "gram" and name == "xla":
         return xla.gram_with_rows(x, g)
     if form == "gram" and name == "mosaic_gpu":
-        run = batching.folded(_module(name), "gram_with_rows", interpret=interpret)
+        run = _folded(_module(name), "gram_with_rows", interpret=interpret)
         return run(x, g)[0]  # type: ignore[no-any-return]
     squared = grad_norm_squared(x, g, implementation=name, form=form, interpret=interpret)
     return common.norms_with_rows(squared, *(common.row_squares(y) for y in (x, g)))
@@ -216,7 +218,7 @@ def grad_norms_with_rows(
         if key is None:
             found += [grad_norm_with_rows(x, g) for x, g in same]
             continue
-        run = batching.folded(_module("mosaic_gpu"), "gram_with_rows", interpret=False)
+        run = _folded(_module("mosaic_gpu"), "gram_with_rows", interpret=False)
         for some in itertools.batched(same, _module("mosaic_gpu").MOST_LEAVES):
             found += run(*(y for pair in some for y in pair))
     return found

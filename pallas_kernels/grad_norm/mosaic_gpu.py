@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import devices
 from pallas_kernels.grad_norm import common
+from pallas_kernels.manual import result
 
 _HALF = 64  # rows of a warpgroup: the M of one WGMMA instruction
 _ROWS = 2 * _HALF  # of a tile
@@ -134,7 +135,7 @@ def _run(
     grid = min(jobs, blocks.thread_blocks or devices.multiprocessors())
     parts = plgpu.kernel(
         functools.partial(body, _Jobs(jobs, grid, tiles, across, stages)),
-        out_type=jax.ShapeDtypeStruct((outputs, jobs, _ROWS), jnp.float32),
+        out_type=result((outputs, jobs, _ROWS), jnp.float32),
         scratch_types={
             "slots": slots,
             "line": plgpu.SMEM((outputs, 2, _HALF), jnp.float32),

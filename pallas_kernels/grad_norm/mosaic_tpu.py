@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.grad_norm import common
+from pallas_kernels.manual import result
 
 _LANES = 128
 _OUT = (8, _LANES)
@@ -85,7 +86,7 @@ def _direct(x: jax.Array, g: jax.Array, blocks: Blocks, interpret: bool) -> jax.
 
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((batch, grid[1] * across, *_OUT), jnp.float32),
+        out_shape=result((batch, grid[1] * across, *_OUT), jnp.float32),
         grid=grid,
         in_specs=[
             pl.BlockSpec((1, step, tiles[0]), lambda b, i, j, t: (b, t, i)),
@@ -122,7 +123,7 @@ def _gram(x: jax.Array, g: jax.Array, blocks: Blocks, interpret: bool) -> jax.Ar
     in_specs += [spec(widths[1], side, x_steps, g_steps) for side in (0, 1)]
     return pl.pallas_call(
         functools.partial(_gram_kernel, rows=rows, x_steps=x_steps, steps=grid[2]),
-        out_shape=jax.ShapeDtypeStruct((*grid[:2], *_OUT), jnp.float32),
+        out_shape=result((*grid[:2], *_OUT), jnp.float32),
         grid=grid,
         in_specs=in_specs,
         out_specs=pl.BlockSpec((1, 1, *_OUT), lambda b, i, k: (b, i, 0, 0)),

@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.grad_norm import common
+from pallas_kernels.manual import result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def grad_norm_squared(
         tiles, kernel = across * pl.cdiv(rows, blocks.rows), _direct_kernel
     parts = pl.pallas_call(
         functools.partial(kernel, blocks=blocks, across=across),
-        out_shape=jax.ShapeDtypeStruct((batch, tiles), jnp.float32),
+        out_shape=result((batch, tiles), jnp.float32),
         grid=(tiles, batch),
         in_specs=[pl.BlockSpec((None, *y.shape[1:]), lambda i, b: (b, 0, 0)) for y in (x, g)],
         out_specs=pl.BlockSpec((None, tiles), lambda i, b: (b, 0)),

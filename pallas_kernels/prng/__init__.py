@@ -15,20 +15,24 @@ from pallas_kernels.prng.normal import (
     normal_stream,
     normal_tile,
 )
+from pallas_kernels.prng.sharded import axes_by_dimension, local_normals, normals_like
 from pallas_kernels.prng.streams import derive_path, normal_streams
 
 __all__ = [
     "ROUNDS",
     "Rounds",
+    "axes_by_dimension",
     "blocks_of_tile",
     "box_muller",
     "chacha_block",
     "derive_key",
     "derive_path",
     "head_counters",
+    "local_normals",
     "normal_stream",
     "normal_streams",
     "normal_tile",
+    "normals_like",
     "random_block",
     "stream_words",
 ]

@@ -60,7 +60,10 @@ def box_muller(
 
 
 def normal_stream(
-    key_words: UInt32[Array, "8"], size: int, nonce: tuple[int, int, int] = (0, 0, 0)
+    key_words: UInt32[Array, "8"],
+    size: int,
+    nonce: tuple[int, int, int] = (0, 0, 0),
+    first_tile: UInt32[Array, ""] | int = 0,
 ) -> Float32[Array, "size"]:
     """``size`` standard normals in a row, in tiles of 10 · 128.
 
@@ -72,11 +75,14 @@ def normal_stream(
         key_words: uint32[8], a key derived for this purpose alone.
         size: how many, at most 10·2³².
         nonce: three numbers below 2³² that name the stream.
+        first_tile: where in the stream to begin.
     """
     tiles = -(-size // STREAM_TILE)
     # A single tile's first row may be all that is needed.
     lanes = min(size, _LANES) if tiles == 1 else _LANES
     blocks = jnp.arange(tiles * lanes, dtype=jnp.uint32)
+    if not (isinstance(first_tile, int) and first_tile == 0):
+        blocks = blocks + jnp.uint32(_LANES) * jnp.asarray(first_tile, jnp.uint32)
     first, second, third = (jnp.uint32(n) for n in nonce)
     gaussians = block_normals(chacha_block(key_words, (blocks, first, second, third)))
     rows = [g.reshape(tiles, lanes) for g in gaussians]

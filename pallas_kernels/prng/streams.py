@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float32, UInt32
 
 from pallas_kernels.devices import wrong_device
+from pallas_kernels.manual import result, without_types
 from pallas_kernels.prng.chacha import derive_key, random_block
 from pallas_kernels.prng.normal import STREAM_TILE, block_normals, normal_stream
 
@@ -24,7 +25,8 @@ Nonce = tuple[int, int, int]
 _IMPLEMENTATIONS = ("triton", "xla")
 # Blocks of a program, and the numbers that they make: four tiles of a stream.
 _BLOCKS = 512
-_CHUNK = _BLOCKS // 128 * STREAM_TILE
+_BLOCKS_OF_TILE = 128
+_CHUNK = _BLOCKS // _BLOCKS_OF_TILE * STREAM_TILE
 _WARPS = 4
 # Chunks of a launch: places are counted in 31 bits.
 _MOST_CHUNKS = (2**31 - 1) // _CHUNK
@@ -34,14 +36,17 @@ def normal_streams(
     key_words: UInt32[Array, "8"],
     streams: Sequence[tuple[int, Nonce]],
     *,
+    first_tiles: Sequence[UInt32[Array, ""] | int] | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> list[Float32[Array, "size"]]:
-    """Of each stream, its first numbers: ``normal_stream(key_words, size, nonce)``.
+    """Of each stream, numbers in a row: ``normal_stream(key_words, size, nonce, first_tile)``.
 
     Args:
         key_words: uint32[8], a key derived for this purpose alone.
         streams: of each, how many numbers, and three numbers below 2³² that name it.
+        first_tiles: of each, the tile of 1280 numbers to begin with; None is the first. It may
+            be traced: each device makes its own part of a stream.
         implementation: ``'triton'``, ``'xla'`` or None, which takes the kernel on NVIDIA
             GPUs that can run it.
         interpret: run the kernel in Pallas's interpreter, on any device. Slow; for tests.
@@ -61,11 +66,15 @@ def normal_streams(
     """
     if len({nonce for _, nonce in streams}) != len(streams):
         raise ValueError(f"streams={streams!r}: two have one name, and would be the same numbers.")
+    begin_at = [0] * len(streams) if first_tiles is None else list(first_tiles)
     if not _takes_kernel(implementation, interpret):
-        return [normal_stream(key_words, size, nonce) for size, nonce in streams]
+        return [
+            normal_stream(key_words, size, nonce, tile)
+            for (size, nonce), tile in zip(streams, begin_at, strict=True)
+        ]
     pieces: list[list[jax.Array]] = [[] for _ in streams]
     for launch in _launches(streams):
-        flat = _launch(key_words, launch, [nonce for _, nonce in streams], interpret)
+        flat = _launch(key_words, launch, [nonce for _, nonce in streams], begin_at, interpret)
         begin = 0
         for stream, _, chunks in launch:
             pieces[stream].append(flat[begin : begin + chunks * _CHUNK])
@@ -114,16 +123,17 @@ def derive_path(
         for i, word in enumerate(words):
             out_ref[i] = word
 
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((8,), jnp.uint32),
+        out_shape=result((8,), jnp.uint32),
         grid=(1,),
         in_specs=[pl.BlockSpec((n,), lambda i: (0,)) for n in (8, len(path))],
         out_specs=pl.BlockSpec((8,), lambda i: (0,)),
         compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="derive_path",
-    )(key_words, indices)
+    )
+    return without_types(call)(key_words, indices)
 
 
 def _takes_kernel(implementation: str | None, interpret: bool) -> bool:
@@ -155,6 +165,7 @@ def _launch(
     key_words: jax.Array,
     launch: Sequence[tuple[int, int, int]],
     nonces: Sequence[Nonce],
+    first_tiles: Sequence[Any],
     interpret: bool,
 ) -> jax.Array:
     """All chunks of a launch, one after the other."""
@@ -165,18 +176,22 @@ def _launch(
     rows = jnp.searchsorted(ends, chunk, side="right", method="compare_all")
     offset = jnp.asarray([first for _, first, _ in launch] - starts[:-1], jnp.int32)
     block = ((chunk + offset[rows]) * _BLOCKS).astype(jnp.uint32)
+    if not all(isinstance(tile, int) and tile == 0 for tile in first_tiles):
+        tiles = [jnp.asarray(first_tiles[n], jnp.uint32) for n, *_ in launch]
+        block = block + jnp.uint32(_BLOCKS_OF_TILE) * jnp.stack(tiles)[rows]
     names = jnp.asarray(np.array([nonces[n] for n, *_ in launch], np.uint32))
     table = jnp.concatenate([block[:, None], names[rows]], axis=1)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         _kernel,
-        out_shape=jax.ShapeDtypeStruct((chunk.size * _CHUNK,), jnp.float32),
+        out_shape=result((chunk.size * _CHUNK,), jnp.float32),
         grid=(chunk.size,),
         in_specs=[pl.BlockSpec((8,), lambda i: (0,)), pl.BlockSpec((None, 4), lambda i: (i, 0))],
         out_specs=pl.BlockSpec((_CHUNK,), lambda i: (i,)),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
         name="normal_streams",
-    )(key_words, table)
+    )
+    return without_types(call)(key_words, table)
 
 
 def _kernel(key_ref: Any, counters_ref: Any, out_ref: Any) -> None:

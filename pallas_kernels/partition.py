@@ -1,0 +1,79 @@
+"""Kernel calls on arrays that are split over devices along the batch.
+
+XLA cannot split a kernel that it did not make: left alone it gathers the operands and every
+device does all of it. Here it learns that the batch is independent: each device calls the
+kernel on the examples it has, and nothing is sent.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from pallas_kernels.manual import without_types
+
+
+def by_batch(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """:func:`split_by_batch`, for :func:`pallas_kernels.batching.folded`."""
+    del name
+    return split_by_batch(kernel)
+
+
+@functools.cache
+def split_by_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel as an operation that XLA splits along the first axis.
+
+    Inside ``shard_map`` it is the kernel itself, whose operands are one device's already. On a
+    mesh of ``Explicit`` axes it is that inside a ``shard_map`` of its own.
+
+    Args:
+        kernel: of arrays, to a tree of arrays; the first axis of all is the batch, and no
+            example has a part in another's results.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def total(x):
+        ...     return jnp.sum(x, axis=1)
+        >>> split_by_batch(total)(jnp.ones((2, 3))).tolist()
+        [3.0, 3.0]
+    """
+
+    @jax.jit  # so that a kernel's tables are no constants of the operation's own program
+    def whole(*operands: jax.Array) -> Any:
+        return kernel(*operands)
+
+    def partition(mesh: Any, arguments: Any, results: Any) -> Any:
+        first = jax.tree.leaves(results)[0].sharding.spec
+        rows = NamedSharding(mesh, PartitionSpec(first[0] if len(first) else None))
+        return mesh, kernel, jax.tree.map(lambda _: rows, results), (rows,) * len(arguments)
+
+    def rule(mesh: Any, operands: Any, results: Any) -> SdyShardingRule:
+        def factors(side: str, types: Any) -> tuple[ArrayMapping, ...]:
+            ranks = [len(t.shape) for t in types]
+            return tuple(
+                ArrayMapping("batch", *(f"{side}{n}_{d}" for d in range(1, rank)))
+                for n, rank in enumerate(ranks)
+            )
+
+        given, made = factors("x", operands), factors("y", results)
+        rest = tuple(f for mapping in (*given, *made) for f in mapping if f != "batch")
+        return SdyShardingRule(given, made, need_replication_factors=rest)
+
+    operation = custom_partitioning(whole)
+    operation.def_partition(partition=partition, sharding_rule=rule)
+
+    def run(*operands: jax.Array) -> Any:
+        if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+            return without_types(kernel)(*operands)
+        typed = jax.typeof(operands[0]).sharding
+        if AxisType.Explicit in typed.mesh.axis_types:
+            rows = PartitionSpec(next(iter(typed.spec), None))
+            return jax.shard_map(
+                kernel, mesh=typed.mesh, in_specs=rows, out_specs=rows, check_vma=False
+            )(*operands)
+        return operation(*operands)
+
+    return run

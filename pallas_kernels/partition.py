@@ -1,4 +1,4 @@
-"""Kernel calls on arrays that are split over devices along the batch.
+"""Kernel calls on arrays that are split over devices.
 
 XLA cannot split a kernel that it did not make: left alone it gathers the operands and every
 device does all of it. Here it learns that the batch is independent: each device calls the
@@ -75,5 +75,72 @@ def split_by_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
                 kernel, mesh=typed.mesh, in_specs=rows, out_specs=rows, check_vma=False
             )(*operands)
         return operation(*operands)
+
+    return run
+
+
+@functools.cache
+def split_and_add(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that sums over examples, as an operation that XLA splits along all axes.
+
+    Each device sums the examples that it has, for the entries that it has; one sum over the
+    devices that have other examples of the same entries follows.
+
+    Args:
+        kernel: of rows [B, *dims] and weights [B], to [*dims].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def total(rows, weights):
+        ...     return jnp.einsum("b,bn->n", weights, rows)
+        >>> split_and_add(total)(jnp.ones((2, 3)), jnp.ones(2)).tolist()
+        [2.0, 2.0, 2.0]
+    """
+
+    @jax.jit
+    def whole(rows: jax.Array, weights: jax.Array) -> jax.Array:
+        return kernel(rows, weights)
+
+    def partition(mesh: Any, arguments: Any, result: Any) -> Any:
+        rows = arguments[0].sharding.spec
+        batch = rows[0] if len(rows) else None
+
+        def part(rows: jax.Array, weights: jax.Array) -> jax.Array:
+            own = kernel(rows, weights)
+            return own if batch is None else jax.lax.psum(own, batch)
+
+        own = PartitionSpec(batch, *rows[1:]), PartitionSpec(batch), PartitionSpec(*rows[1:])
+        *given, made = (NamedSharding(mesh, spec) for spec in own)
+        return mesh, part, made, tuple(given)
+
+    def rule(mesh: Any, operands: Any, results: Any) -> SdyShardingRule:
+        dims = [f"d{n}" for n in range(len(operands[0].shape) - 1)]
+        given = ArrayMapping("batch", *dims), ArrayMapping("batch")
+        return SdyShardingRule(given, (ArrayMapping(*dims),), reduction_factors=("batch",))
+
+    operation = custom_partitioning(whole)
+    operation.def_partition(partition=partition, sharding_rule=rule)
+
+    def run(rows: jax.Array, weights: jax.Array) -> jax.Array:
+        if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+            made: jax.Array = without_types(kernel)(rows, weights)
+            return made
+        typed = jax.typeof(rows).sharding
+        if AxisType.Explicit in typed.mesh.axis_types:
+            batch, *dims = [*typed.spec, *[None] * (rows.ndim - len(typed.spec))]
+
+            def part(rows: jax.Array, weights: jax.Array) -> jax.Array:
+                own = kernel(rows, weights)
+                return own if batch is None else jax.lax.psum(own, batch)
+
+            return jax.shard_map(
+                part,
+                mesh=typed.mesh,
+                in_specs=(PartitionSpec(batch, *dims), PartitionSpec(batch)),
+                out_specs=PartitionSpec(*dims),
+                check_vma=False,
+            )(rows, weights)
+        made = operation(rows, weights)
+        return made
 
     return run

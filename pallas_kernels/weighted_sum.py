@@ -5,6 +5,7 @@ an H100's bandwidth; on NVIDIA GPUs a kernel reads them sixteen bytes a thread a
 """
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -13,7 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels import partition
 from pallas_kernels.devices import wrong_device
+from pallas_kernels.manual import result
 
 Implementation = Literal["triton", "xla"]
 
@@ -66,13 +69,19 @@ def weighted_sum(
     reason = None if interpret else wrong_device("triton")
     if implementation == "triton" and reason is not None:
         raise ValueError(f"implementation='triton' cannot do this call: {reason}.")
-    size = rows[0].size if rows.shape[0] else 0
+    size = math.prod(rows.shape[1:])
     fits = size >= _LEAST and rows.size < 2**31
     if implementation == "xla" or (implementation is None and (reason is not None or not fits)):
         return _xla(rows, weights, all_finite)
     if rows.size >= 2**31:
         raise ValueError(f"rows has {rows.size} entries: implementation='triton' takes 2³¹ - 1.")
-    return _triton(rows, weights, interpret)
+    return _split(interpret)(rows, weights)
+
+
+@functools.cache
+def _split(interpret: bool) -> Any:
+    """The kernel, for rows that may lie on several devices."""
+    return partition.split_and_add(functools.partial(_triton, interpret=interpret))
 
 
 def _xla(rows: jax.Array, weights: jax.Array, all_finite: bool) -> jax.Array:
@@ -89,7 +98,7 @@ def _triton(rows: jax.Array, weights: jax.Array, interpret: bool) -> jax.Array:
     size = flat.shape[1]
     made = pl.pallas_call(
         functools.partial(_kernel, count, size),
-        out_shape=jax.ShapeDtypeStruct((size,), jnp.float32),
+        out_shape=result((size,), jnp.float32),
         grid=(pl.cdiv(size, _BLOCK),),
         in_specs=[pl.BlockSpec(x.shape, lambda i, n=x.ndim: (0,) * n) for x in (flat, weights)],
         out_specs=pl.BlockSpec((size,), lambda i: (0,)),

@@ -127,7 +127,8 @@ def split_and_add(kernel: Callable[..., Any]) -> Callable[..., Any]:
             return made
         typed = jax.typeof(rows).sharding
         if AxisType.Explicit in typed.mesh.axis_types:
-            batch, *dims = [*typed.spec, *[None] * (rows.ndim - len(typed.spec))]
+            spec: tuple[Any, ...] = tuple(typed.spec)
+            batch, *dims = spec + (None,) * (rows.ndim - len(spec))
 
             def part(rows: jax.Array, weights: jax.Array) -> jax.Array:
                 own = kernel(rows, weights)

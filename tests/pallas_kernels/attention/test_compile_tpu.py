@@ -111,4 +111,4 @@ def test_blocks_that_do_not_fit_are_refused(offline):
     """So the compiler does look at the chip's memory."""
     case = ((1, 4096, 512, 1, 1, 256), "float32", {"mode": "exact"})
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
-        compile_for(offline, "v5e:2x2", case, "backward", mosaic_tpu.Blocks(query=1024))
+        compile_for(offline, "v5e:2x2", case, "forward", mosaic_tpu.Blocks(query=2048))

@@ -9,7 +9,7 @@ import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
 
-from dpfa_jax.audit.chat import ChatAudit
+from dpfa_jax.audit.chat import ChatAudit, Secret
 from dpfa_jax.audit.curves import Claim
 from dpfa_jax.audit.result import AuditResult
 from dpfa_jax.audit.suite import Finding
@@ -84,15 +84,15 @@ def _figure(result: AuditResult) -> str:
     )
 
 
-def exposure_plot(axes: Axes, chat: ChatAudit) -> None:
+def exposure_plot(axes: Axes, secrets: list[Secret], epsilon: float) -> None:
     """Exposure of each planted secret against how many units wrote it."""
-    levels = [writers for writers, *_ in chat.exposures()]
+    levels = sorted({s.writers for s in secrets})
     for shift, field, color, label in (
         (-0.12, 3, _RED, "trained without privacy"),
-        (0.12, 2, _GREEN, f"trained with ε = {chat.claim:.3g}"),
+        (0.12, 2, _GREEN, f"trained with ε = {epsilon:.3g}"),
     ):
-        x = [levels.index(s.writers) + shift for s in chat.secrets]
-        axes.plot(x, [s[field] for s in chat.secrets], "o", color=color, alpha=0.7, label=label)
+        x = [levels.index(s.writers) + shift for s in secrets]
+        axes.plot(x, [s[field] for s in secrets], "o", color=color, alpha=0.7, label=label)
     axes.axhline(1.0, color=_GREY, linewidth=1, linestyle=":", label="never seen (median)")
     axes.set_xticks(range(len(levels)), [str(n) for n in levels])
     axes.set_xlabel("units that wrote the secret", fontsize=9)
@@ -115,7 +115,7 @@ def _chat(chat: ChatAudit) -> str:
         left.stairs(counts, edges, color=color, label=label, fill=True, alpha=0.45)
     left.set_title("Scores of the canaries", loc="left", fontsize=10)
     left.legend(frameon=False, fontsize=8)
-    exposure_plot(right, chat)
+    exposure_plot(right, chat.secrets, chat.claim)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()

@@ -101,11 +101,12 @@ def tails(samples: int) -> list[dict[str, Any]]:
     updates = {"w": jnp.zeros(samples)}
     noise = np.abs(np.asarray(tx.update(updates, tx.init(updates))[0]["w"], np.float64))
     noise = noise / inflated_sum_std(1.0, 1.0)
+    spacing = grid_spacing(inflated_sum_std(1.0, 1.0)) / inflated_sum_std(1.0, 1.0)
     found = []
     for beyond in (3.0, 4.0, 5.0):
-        # Rounding to the grid moves the edge of a cell, not more.
-        count = int((noise > beyond).sum())
-        share = float(_SIDES * scipy.stats.norm.sf(beyond))
+        # A number counts from its cell's edge: half a step of the grid beyond the last cell.
+        edge = (np.floor(beyond / spacing) + 0.5) * spacing
+        count, share = int((noise > edge).sum()), float(_SIDES * scipy.stats.norm.sf(edge))
         p = float(scipy.stats.binomtest(count, samples, share).pvalue)
         found.append({"beyond": beyond, "count": count, "expected": samples * share, "p": p})
     return found

@@ -34,6 +34,13 @@ def add_parser(commands: Any) -> None:
         "engine that runs here. Exits with 1 if a claim fails.",
     )
     parser.add_argument(
+        "config",
+        nargs="?",
+        type=Path,
+        help="attack the claim of this configuration instead: its sampling, noise and steps, and "
+        "where it releases a comparison without privacy, the model trained on its data",
+    )
+    parser.add_argument(
         "--only",
         choices=("attention", "training", "sampling"),
         default=None,
@@ -90,6 +97,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             except OSError as error:
                 print(f"dpfa: {path}: cannot be written ({error.strerror}).", file=sys.stderr)
                 return 2
+    if args.config is not None:
+        return _config(args, argv)
     started = time.monotonic()
     findings = []
     try:
@@ -106,16 +115,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         return 2
     for finding in audits:
         findings.append(finding)
-        r = finding.result
-        if r is None:
-            print(f"refused   {finding.name}: {finding.refusal}", flush=True)
-            continue
-        tight = "" if r.is_tight else " (not tight)"
-        print(
-            f"{r.verdict:9s} {r.name}: epsilon at least {r.epsilon:.3f}, claimed {r.claim:.3f}, "
-            f"ratio {r.ratio:.3f}{tight}",
-            flush=True,
-        )
+        _show(finding)
     command = shlex.join(["dpfa", *argv])
     facts = suite.to_json(findings, command, time.monotonic() - started)
     if args.json is not None:
@@ -125,3 +125,66 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     failed = len(facts["failed"])
     print(f"{facts['claims']} claims attacked, {failed} failed.")
     return 1 if failed else 0
+
+
+def _show(finding: Any) -> None:
+    r = finding.result
+    if r is None:
+        print(f"refused   {finding.name}: {finding.refusal}", flush=True)
+        return
+    tight = "" if r.is_tight else " (not tight)"
+    print(
+        f"{r.verdict:9s} {r.name}: epsilon at least {r.epsilon:.3f}, claimed {r.claim:.3f}, "
+        f"ratio {r.ratio:.3f}{tight}",
+        flush=True,
+    )
+
+
+def _config(args: argparse.Namespace, argv: list[str]) -> int:
+    """The audit of one configuration."""
+    # Checked before JAX and the data are touched.
+    from dpfa_jax.train.config import load_config
+
+    config = load_config(args.config)
+    if args.only is not None or args.implementation is not None:
+        print("dpfa: --only, --implementation: not with a configuration.", file=sys.stderr)
+        return 2
+    from dpfa_jax.audit import configured, report, suite
+    from dpfa_jax.bench.files import write_json
+
+    started = time.monotonic()
+    found = configured.audit_config(
+        config,
+        samples=args.samples,
+        confidence=args.confidence,
+        announce=lambda line: print(line, flush=True),
+    )
+    _show(found.finding)
+    chat = found.chat
+    if chat is None:
+        print(
+            "The trained model was not attacked: report.release_nonprivate_comparison = false, and "
+            "the attack trains on the data outside of the budget."
+        )
+    else:
+        print(
+            f"{'holds' if chat.passed else 'broken':9s} one run, {chat.guesses.canaries} canaries: "
+            f"{chat.guesses.right} of {chat.guesses.made} guesses right, epsilon at least "
+            f"{chat.epsilon:.3f} ({chat.epsilon_steinke:.3f} by Steinke et al.), "
+            f"claimed {chat.claim:.3f}"
+        )
+        for writers, private, plain in chat.exposures():
+            print(
+                f"secrets of {writers} units: exposure {private:.1f} bits with privacy, "
+                f"{plain:.1f} without"
+            )
+    facts = suite.to_json(
+        [found.finding], shlex.join(["dpfa", *argv]), time.monotonic() - started
+    ) | {"config": config.name, "config_fingerprint": config.fingerprint, **found.to_json()}
+    if chat is not None and not chat.passed:
+        facts = facts | {"passed": False, "failed": [*facts["failed"], "one run"]}
+    if args.json is not None:
+        write_json(args.json, facts)
+    if args.html is not None:
+        args.html.write_text(report.page([found.finding], facts, chat), encoding="utf-8")
+    return 0 if facts["passed"] else 1

@@ -9,6 +9,7 @@ import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
 
+from dpfa_jax.audit.chat import ChatAudit, Secret
 from dpfa_jax.audit.curves import Claim
 from dpfa_jax.audit.result import AuditResult
 from dpfa_jax.audit.suite import Finding
@@ -83,12 +84,63 @@ def _figure(result: AuditResult) -> str:
     )
 
 
-def page(findings: list[Finding], facts: dict[str, Any]) -> str:
+def exposure_plot(axes: Axes, secrets: list[Secret], epsilon: float) -> None:
+    """Exposure of each planted secret against how many units wrote it."""
+    levels = sorted({s.writers for s in secrets})
+    for shift, field, color, label in (
+        (-0.12, 3, _RED, "trained without privacy"),
+        (0.12, 2, _GREEN, f"trained with ε = {epsilon:.3g}"),
+    ):
+        x = [levels.index(s.writers) + shift for s in secrets]
+        axes.plot(x, [s[field] for s in secrets], "o", color=color, alpha=0.7, label=label)
+    axes.axhline(1.0, color=_GREY, linewidth=1, linestyle=":", label="never seen (median)")
+    axes.set_xticks(range(len(levels)), [str(n) for n in levels])
+    axes.set_xlabel("units that wrote the secret", fontsize=9)
+    axes.set_ylabel("exposure (bits)", fontsize=9)
+    axes.set_title("Planted secrets", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _chat(chat: ChatAudit) -> str:
+    """The trained model: canaries of one run, and what it knows of planted secrets."""
+    figure = matplotlib.figure.Figure(figsize=(9.2, 3.3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    both = np.concatenate([chat.joined, chat.absent])
+    edges = np.linspace(both.min(), both.max() + 1e-9, 31)
+    for scores, color, label in (
+        (chat.absent, _GREY, "did not join"),
+        (chat.joined, _GREEN, "joined"),
+    ):
+        counts, _ = np.histogram(scores, edges)
+        left.stairs(counts, edges, color=color, label=label, fill=True, alpha=0.45)
+    left.set_title("Scores of the canaries", loc="left", fontsize=10)
+    left.legend(frameon=False, fontsize=8)
+    exposure_plot(right, chat.secrets, chat.claim)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    guesses = chat.guesses
+    return f"""<h2>The trained model</h2>
+<p>One private training run with {guesses.canaries} canaries, each in the data by a fair coin: of
+{guesses.made} guesses {guesses.right} were right. At {chat.confidence:g} confidence ε ≥
+{chat.epsilon:.3f} (f-DP, the accountant's curve), ≥ {chat.epsilon_gaussian:.3f} (as if Gaussian), ≥
+{chat.epsilon_steinke:.3f} (Steinke et al.), claimed {chat.claim:.3f} (δ = {chat.delta:g}). Bytes of
+held-out users cost {chat.losses[0]:.3f} nats with privacy and {chat.losses[1]:.3f} without.</p>
+<figure><img alt="canaries and secrets" src="data:image/svg+xml;base64,{picture}"><figcaption>
+Exposure n means that the model finds one code in 2ⁿ as likely as the planted one. A secret that one
+unit wrote should be like one that nobody wrote; what many units wrote is no longer one unit's.
+</figcaption></figure>"""
+
+
+def page(findings: list[Finding], facts: dict[str, Any], chat: ChatAudit | None = None) -> str:
     """The page. ``facts`` is what :func:`dpfa_jax.audit.suite.to_json` returned."""
     results = [f.result for f in findings if f.result is not None]
     failed = facts["failed"]
     summary = (
-        f"{len(failed)} of {len(results)} claims FAIL: {html.escape('; '.join(failed))}"
+        f"{len(failed)} of {len(results) + (chat is not None)} claims FAIL: "
+        f"{html.escape('; '.join(failed))}"
         if failed
         else f"All {len(results)} claims hold: no attack passed its claim, and every tight one "
         "came near."
@@ -112,7 +164,7 @@ def page(findings: list[Finding], facts: dict[str, Any]) -> str:
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Privacy audit</title><style>{_STYLE}</style></head><body>
-<h1>Privacy audit</h1>
+<h1>Privacy audit{html.escape(f": {facts['config']}") if "config" in facts else ""}</h1>
 <p class="note">{html.escape(versions)}; {html.escape(facts["device"])}; {facts["date"]};
 noise keys: {html.escape(facts["noise"])}</p>
 <p class="{"fails" if failed else "holds"}">{summary}</p>
@@ -124,5 +176,6 @@ a claim; it cannot prove one. The command was <code>{html.escape(facts["command"
 <th>samples</th></tr>{"".join(rows)}</table>
 <h2>Scores and curves</h2>
 {"".join(_figure(r) for r in results)}
+{"" if chat is None else _chat(chat)}
 </body></html>
 """

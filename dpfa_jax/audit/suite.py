@@ -110,18 +110,19 @@ def run_audits(*, jobs: int = 1, **options: Any) -> Iterator[Finding]:
     if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1:
         raise ValueError(f"jobs={jobs!r}: allowed is a whole number >= 1.")
     todo = audits(**options)
-    return map(_find, todo) if jobs == 1 else _in_threads(todo, jobs)
+    return map(find, todo) if jobs == 1 else _in_threads(todo, jobs)
 
 
 def _in_threads(todo: list[Audit], jobs: int) -> Iterator[Finding]:
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     try:
-        yield from pool.map(_find, todo)
+        yield from pool.map(find, todo)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _find(audit: Audit) -> Finding:
+def find(audit: Audit) -> Finding:
+    """Runs one audit."""
     started = time.monotonic()
     try:
         result = audit.run()

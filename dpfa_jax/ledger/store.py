@@ -62,6 +62,7 @@ _APPEND_ONLY = {
 }
 # Connections of the parent that a fork must not use, nor close.
 _INHERITED: list[sa.Pool] = []
+_SMALLEST_PAGE = 512
 # Any number, the same for everybody who creates a ledger.
 _CREATION_LOCK = 0x6470_6661
 
@@ -172,6 +173,13 @@ class Store:
 
     def _file(self, path: Path) -> sa.Engine:
         def connect() -> sqlite3.Connection:
+            with contextlib.suppress(FileNotFoundError):
+                # SQLite takes the first bytes of a header for an empty database: a ledger cut
+                # off there would begin anew.
+                if 0 < path.stat().st_size < _SMALLEST_PAGE:
+                    short = sqlite3.DatabaseError("the file is too short to be a database")
+                    short.sqlite_errorcode = sqlite3.SQLITE_NOTADB
+                    raise short
             mode = "rwc" if self._may_create else "rw"
             uri = f"file:{urllib.parse.quote(str(path.absolute()))}?mode={mode}"
             database = sqlite3.connect(
@@ -291,6 +299,11 @@ class Store:
             raise LedgerDamagedError(
                 errors.DAMAGED, ledger=self.name, number=error.number, problem=error.problem
             ) from None
+        except UnicodeDecodeError as error:  # SQLite's driver, of a name in a damaged file
+            problem = Message(errors.NOT_SQLITE)
+            raise LedgerUnavailableError(
+                errors.UNAVAILABLE, ledger=self.name, problem=problem
+            ) from error
         except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
             raise self._refusal(error) from error
 

@@ -356,13 +356,19 @@ def _blocks(steps: int, size: int) -> Iterator[range]:
 
 def _compare(task: _Task, run_dir: Path) -> dict[str, Any]:
     """The same model trained WITHOUT privacy, if the configuration asks for it."""
-    c, t = task.config, task.config.training
-    if not c.report.release_nonprivate_comparison:
+    if not task.config.report.release_nonprivate_comparison:
         return {"nonprivate_validation_loss": None}
     path = run_dir / "nonprivate.json"
     done = read_json(path)
-    if done is not None:
-        return done
+    if done is None:
+        _, done = train_without_privacy(task)
+        write_json(path, done)
+    return done
+
+
+def train_without_privacy(task: _Task) -> tuple[PyTree, dict[str, Any]]:
+    """Trains the model WITHOUT privacy, on the same data; parameters and facts."""
+    c, t = task.config, task.config.training
     assert c.report.nonprivate_learning_rate is not None
     key = keys.SecureKey.generate().key()
     batches = _Batches(task, jax.random.fold_in(key, _SAMPLING))
@@ -401,5 +407,4 @@ def _compare(task: _Task, run_dir: Path) -> dict[str, Any]:
         "nonprivate_history": history,
         "nonprivate_seconds": round(time.monotonic() - started, 1),
     }
-    write_json(path, done)
-    return done
+    return params, done

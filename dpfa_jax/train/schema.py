@@ -23,9 +23,13 @@ def option(check: Check, **kwargs: Any) -> Any:
     return dataclasses.field(metadata={"check": check}, **kwargs)
 
 
-def whole(low: int, high: float = math.inf) -> Check:
+# TOML's own limit; above it some numbers have no float.
+_MOST = 2**63 - 1
+
+
+def whole(low: int, high: int = _MOST) -> Check:
     """A whole number between ``low`` and ``high``."""
-    text = f"a whole number >= {low}" + (f" and <= {high}" if high < math.inf else "")
+    text = f"a whole number >= {low}" + (f" and <= {high}" if high < _MOST else ", below 2^63")
 
     def check(value: Any) -> str | None:
         fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
@@ -41,6 +45,8 @@ def number(low: float, high: float = math.inf, *, include_low: bool = False) -> 
 
     def check(value: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int | float):
+            return text
+        if isinstance(value, int) and abs(value) > _MOST:
             return text
         above = value >= low if include_low else value > low
         return None if math.isfinite(value) and above and value <= high else text

@@ -61,7 +61,21 @@ class Checkpoints:
             # What a crash left half written was not released; it goes.
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
+        self._folder = (run_dir / "checkpoints").absolute()
+        with self._reading():
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Whatever goes wrong with what is on the disk is one error that says so."""
+        try:
+            yield
+        except Exception as error:  # of Orbax, TensorStore, JSON, the file system, ...
+            why = str(error).strip().split("\n")[0][:200]
+            raise ConfigError(
+                f"{self._folder}: a checkpoint cannot be read ({type(error).__name__}: {why}). "
+                "Bring it back from a backup; what was released is charged and stays so."
+            ) from error
 
     @staticmethod
     def _leaves(params: PyTree, opt_state: PyTree) -> dict[str, list[jax.Array]]:
@@ -88,19 +102,24 @@ class Checkpoints:
         Args:
             params: freshly initialised, for shapes.
             opt_state: freshly initialised; its noise keys are kept.
+
+        Raises:
+            ConfigError: for a checkpoint that is damaged, or of another model.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return 0, params, opt_state, []
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._leaves(params, opt_state))
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), history=ocp.args.JsonRestore()
-            ),
-        )
-        params = jax.tree.unflatten(jax.tree.structure(params), found["state"]["params"])
-        return step, params, self._refill(opt_state, found["state"]["opt_state"]), found["history"]
+        with self._reading():
+            step = self._manager.latest_step()
+            if step is None:
+                return 0, params, opt_state, []
+            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._leaves(params, opt_state))
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like), history=ocp.args.JsonRestore()
+                ),
+            )
+            state, history = found["state"], found["history"]
+            params = jax.tree.unflatten(jax.tree.structure(params), state["params"])
+            return step, params, self._refill(opt_state, state["opt_state"]), history
 
     @staticmethod
     def _refill(opt_state: PyTree, saved: list[jax.Array]) -> PyTree:

@@ -124,6 +124,23 @@ def test_delta_that_is_used_up():
     assert fixed_epsilon(RenyiCost(np.zeros(len(FIXED_ORDERS)), 2e-5), 1e-5) == math.inf
 
 
+def test_deltas_add_up():
+    """Of 40 releases that each fail with probability 10⁻⁷, together and one by one."""
+    one = RenyiCost(np.ones(5), 1e-7)
+    assert nothing(tuple(range(2, 7))).plus(one, 40).delta == pytest.approx(4e-6)
+    assert one.plus(one).plus(one, 3).delta == pytest.approx(5e-7)
+    # Truncated sampling is such an event: four times the batches, four times the δ.
+    orders = FIXED_ORDERS
+    deltas = [
+        nothing(orders)
+        .plus(renyi_cost(Truncated(500, 0.1, 80, 2.0), "add_remove", orders), n)
+        .delta
+        for n in (10, 40)
+    ]
+    assert deltas[0] > 0
+    assert deltas[1] == pytest.approx(4 * deltas[0])
+
+
 @pytest.mark.parametrize("epsilon", [0.5, 2.0, 8.0])
 def test_orders_are_the_best_for_gaussians(epsilon):
     delta = 1e-6

@@ -1,8 +1,10 @@
 """One-line bugs: a line of a function's source, replaced while a test runs."""
 
+import importlib.util
 import inspect
 import sys
 import textwrap
+from pathlib import Path
 
 
 def patch_line(monkeypatch, function, old, new, owner=None):
@@ -33,3 +35,12 @@ def patch_line(monkeypatch, function, old, new, owner=None):
                 monkeypatch.setattr(module, attribute, mutant)
                 found += 1
     assert found
+
+
+def load_tests(*path):
+    """A module of tests, by its path under tests/dpfa_jax, to call its tests one by one."""
+    file = Path(__file__).parent.joinpath("dpfa_jax", *path)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -309,7 +309,10 @@ def _train(args: argparse.Namespace) -> int:
         raise
     except BaseException as error:
         # The others wait for this process, and its own shutdown would wait for them.
-        processes.stop(error)
+        from dpfa_jax.ledger import LedgerError
+        from dpfa_jax.train.schema import ConfigError
+
+        processes.stop(error, own=(LedgerError, ConfigError))
 
 
 def _train_here(config: Any, args: argparse.Namespace) -> int:

@@ -132,21 +132,31 @@ def wait_for_all(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
-def stop(error: BaseException) -> NoReturn:
+_AFTER = (
+    " Nothing was released after the last checkpoint; the same command in all processes continues "
+    "from there."
+)
+
+
+def stop(error: BaseException, own: tuple[type[BaseException], ...] = ()) -> NoReturn:
     """Says why, and ends this process at once, with 2 for an error of its own and 3 for a lost one.
 
     JAX's shutdown waits for all processes, some of which are waiting in a collective or gone.
     Nothing is lost: what was released is on disk, and what was not is not.
+
+    Args:
+        error: why.
+        own: types of errors that a person can mend. What a collective raises when another
+            process is gone has no type of its own.
     """
-    own = isinstance(error, ValueError)
-    if own:
+    mendable = isinstance(error, own)
+    if mendable:
         text = str(error)
     elif isinstance(error, ProcessError):
         text = f"{error}"
     else:
         first = (str(error).strip().splitlines() or [""])[0]
         text = f"another process stopped or cannot be reached ({type(error).__name__}: {first})"
-    after = "" if own else " Nothing was released after the last checkpoint; the same command in "
-    after += "" if own else "all processes continues from there."
+    after = "" if mendable else _AFTER
     print(f"dpfa: process {jax.process_index()}: {text}.{after}", file=sys.stderr, flush=True)
-    os._exit(2 if own else 3)
+    os._exit(2 if mendable else 3)

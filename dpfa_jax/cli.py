@@ -40,6 +40,24 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--parent", default=None, metavar="SCOPE", help="the scope there that pays as well"
     )
+    train.add_argument(
+        "--mesh",
+        default=None,
+        metavar="data=N,model=M",
+        help="over how many devices, instead of the file's [mesh]",
+    )
+    train.add_argument(
+        "--fsdp", action="store_true", help="split the parameters over data, too ([mesh] fsdp)"
+    )
+    train.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes; they find each other in the environment of SLURM, Open "
+        "MPI, Kubernetes or a TPU pod, or through the next three (docs/scaling.md)",
+    )
+    train.add_argument("--coordinator", default=None, metavar="HOST:PORT", help="the first process")
+    train.add_argument("--processes", type=int, default=None, help="how many")
+    train.add_argument("--process-id", type=int, default=None, help="this one's number, from 0")
     budget_cli.add_parser(commands)
     _add_bench(commands)
     audit_cli.add_parser(commands)
@@ -274,15 +292,37 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
     print(f"every sample: {args.json}")
 
 
-def _train(config_path: Path, run_dir: Path | None, ledger: str | None, parent: str | None) -> None:
+def _train(args: argparse.Namespace) -> int:
     # Checked before JAX and the data are touched: a wrong key should answer at once.
-    from dpfa_jax.train.config import load_config
+    from dpfa_jax.train.config import load_config, with_mesh
 
-    config = load_config(config_path)
+    config = with_mesh(load_config(args.config), args.mesh, args.fsdp)
+    given = (args.coordinator, args.processes, args.process_id)
+    from dpfa_jax.parallel import processes
+
+    if not args.distributed and given == (None, None, None):
+        return _train_here(config, args)
+    processes.start(*given)
+    try:
+        return _train_here(config, args)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        # The others wait for this process, and its own shutdown would wait for them.
+        from dpfa_jax.ledger import LedgerError
+        from dpfa_jax.train.schema import ConfigError
+
+        processes.stop(error, own=(LedgerError, ConfigError))
+
+
+def _train_here(config: Any, args: argparse.Namespace) -> int:
+    from dpfa_jax.parallel.processes import is_first
     from dpfa_jax.train.loop import run
 
-    run_dir = run_dir or Path("runs") / config_path.stem
-    report = run(config, run_dir, ledger=ledger, parent=parent)
+    run_dir = args.run_dir or Path("runs") / args.config.stem
+    report = run(config, run_dir, ledger=args.ledger, parent=args.parent)
+    if not is_first():
+        return 0
     print(report["guarantee"])
     print(
         f"validation loss {report['validation_loss']:.3f} nats a byte "
@@ -294,6 +334,7 @@ def _train(config_path: Path, run_dir: Path | None, ledger: str | None, parent: 
         )
     )
     print(f"report: {run_dir / 'report.html'}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -306,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         if args.command == "train":
-            _train(args.config, args.run_dir, args.ledger, args.parent)
+            return _train(args)
         elif args.command == "budget":
             return budget_cli.run(args)
         elif args.command == "bench":

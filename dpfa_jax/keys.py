@@ -32,6 +32,7 @@ import jax
 import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Key, UInt32
 
 from pallas_kernels import prng
@@ -169,7 +170,19 @@ def take_key(rng: object) -> Key[Array, ""]:
     if key.shape != ():
         raise ValueError(f"rng has shape {key.shape}: one key is needed, shape ().")
     consume(key)
-    return key
+    return _of_first_process(key)
+
+
+def _of_first_process(key: Key[Array, ""]) -> Key[Array, ""]:
+    """The first process's key in all processes, which each drew one of their own.
+
+    Otherwise each would add noise of its own to one sum, or sample a batch of its own. All
+    processes come here together: they run one program.
+    """
+    if isinstance(key, jax.core.Tracer) or jax.process_count() == 1:
+        return key
+    words = np.asarray(jax.random.key_data(key))
+    return wrap(jnp.asarray(np.asarray(multihost_utils.broadcast_one_to_all(words))))
 
 
 def is_noise_key(key: object) -> bool:

@@ -80,5 +80,5 @@ def choose(plan: Plan, examples: int, groups: int, memory: int | None) -> tuple[
 
 def device_memory() -> int | None:
     """Bytes that JAX may use on the default device; None where it does not say."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     return None if not stats else stats.get("bytes_limit")

@@ -102,6 +102,37 @@ def fsdp_shardings(tree: PyTree, mesh: Mesh, axis: str = DATA) -> PyTree:
     return jax.tree.map(one, tree)
 
 
+def parameter_shardings(tree: PyTree, mesh: Mesh, *, fsdp: bool = False) -> PyTree:
+    """Parameters, or an optimiser's state, over a mesh with the axes ``data`` and ``model``.
+
+    Matrices are split over ``model`` along their last dimension, if it divides. With ``fsdp``
+    every array is split over ``data`` too, along the first dimension left that divides.
+
+    Args:
+        tree: arrays, or their ``jax.ShapeDtypeStruct``.
+        mesh: of these two axes.
+        fsdp: whether no device holds all parameters.
+
+    Returns:
+        The tree with a ``NamedSharding`` in place of each array.
+    """
+    data, model = mesh.shape[DATA], mesh.shape[MODEL]
+
+    def one(x: Any) -> NamedSharding:
+        names: list[str | None] = [None] * len(x.shape)
+        if model > 1 and len(x.shape) >= 2 and x.shape[-1] % model == 0:
+            names[-1] = MODEL
+        if fsdp and data > 1:
+            free = [d for d, n in enumerate(x.shape) if names[d] is None and n and n % data == 0]
+            if free:
+                names[free[0]] = DATA
+        while names and names[-1] is None:
+            names.pop()
+        return NamedSharding(mesh, PartitionSpec(*names))
+
+    return jax.tree.map(one, tree)
+
+
 def gathered(x: jax.Array, mesh: Mesh) -> jax.Array:
     """All of a parameter on every device, for the moment of its use in a loss.
 

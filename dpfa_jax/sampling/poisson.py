@@ -60,6 +60,23 @@ def padded_batch_size(population: int, sampling_probability: float, multiple_of:
     return -(-size // multiple_of) * multiple_of
 
 
+def sampling_event(
+    population: int, sampling_probability: float, batch_size: int, noise_multiplier: float
+) -> dp_accounting.DpEvent:
+    """What :meth:`PoissonSampler.event` says, without a sampler and its key."""
+    if batch_size >= population:
+        return dp_accounting.PoissonSampledDpEvent(
+            sampling_probability, dp_accounting.GaussianDpEvent(noise_multiplier)
+        )
+    return dp_accounting.TruncatedSubsampledGaussianDpEvent(
+        # The larger of two neighbours may have one record more than this population.
+        dataset_size=population + 1,
+        sampling_probability=sampling_probability,
+        truncated_batch_size=batch_size,
+        noise_multiplier=noise_multiplier,
+    )
+
+
 @jax.jit
 def _words(key: Key[Array, ""], index: Array, like: Array) -> tuple[Array, Array]:
     key = jax.random.fold_in(key, index)
@@ -126,14 +143,6 @@ class PoissonSampler:
 
     def event(self, noise_multiplier: float) -> dp_accounting.DpEvent:
         """The cost of one step: Poisson sampling, truncation, one Gaussian release."""
-        if self.batch_size >= self.population:
-            return dp_accounting.PoissonSampledDpEvent(
-                self.sampling_probability, dp_accounting.GaussianDpEvent(noise_multiplier)
-            )
-        return dp_accounting.TruncatedSubsampledGaussianDpEvent(
-            # The larger of two neighbours may have one record more than this population.
-            dataset_size=self.population + 1,
-            sampling_probability=self.sampling_probability,
-            truncated_batch_size=self.batch_size,
-            noise_multiplier=noise_multiplier,
+        return sampling_event(
+            self.population, self.sampling_probability, self.batch_size, noise_multiplier
         )

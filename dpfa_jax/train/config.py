@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from dpfa_jax.parallel.mesh import parse_mesh
 from dpfa_jax.train.schema import (
     ConfigError,
     build,
@@ -95,6 +96,19 @@ class ReportConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """On how many devices. It is no part of what a run is: another mesh may continue it.
+
+    ``data`` devices share a batch, ``model`` devices each matrix; with ``fsdp`` the parameters
+    are split over ``data`` too.
+    """
+
+    data: int = option(whole(1), default=1)
+    model: int = option(whole(1), default=1)
+    fsdp: bool = option(flag, default=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """One training run."""
 
@@ -104,6 +118,7 @@ class Config:
     model: ModelConfig
     training: TrainingConfig
     report: ReportConfig
+    mesh: MeshConfig = MeshConfig()
 
     @property
     def sampling_probability(self) -> float:
@@ -112,8 +127,10 @@ class Config:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of every option, so that a run is never continued under another one."""
-        plain = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """A hash of every option but the mesh: a run is never continued under another one."""
+        options = dataclasses.asdict(self)
+        del options["mesh"]
+        plain = json.dumps(options, sort_keys=True)
         return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
 
@@ -144,6 +161,23 @@ def parse_config(table: dict[str, Any]) -> Config:
     config = build(Config, table)
     _check_together(config)
     return config
+
+
+def with_mesh(config: Config, mesh: str | None, fsdp: bool = False) -> Config:
+    """The configuration on another mesh: ``'data=4,model=2'``; axes left out are 1.
+
+    Raises:
+        ConfigError: for text that names no mesh.
+    """
+    chosen = config.mesh
+    if mesh is not None:
+        try:
+            sizes = parse_mesh(mesh)
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from None
+        chosen = MeshConfig(data=sizes.get("data", 1), model=sizes.get("model", 1))
+    split = config.mesh.fsdp or fsdp
+    return dataclasses.replace(config, mesh=dataclasses.replace(chosen, fsdp=split))
 
 
 def _check_together(config: Config) -> None:

@@ -33,10 +33,13 @@ from dpfa_jax import keys, optim
 from dpfa_jax.accounting import calibrate_noise_multiplier
 from dpfa_jax.clipping import clipped_grad
 from dpfa_jax.ledger import Ledger, ledger_name
-from dpfa_jax.sampling import PoissonSampler, UserSampler
+from dpfa_jax.parallel import processes
+from dpfa_jax.sampling import UserSampler
+from dpfa_jax.sampling.poisson import sampling_event
 from dpfa_jax.train import data as data_lib
 from dpfa_jax.train.config import Config
 from dpfa_jax.train.model import Model, losses, make_model
+from dpfa_jax.train.placement import Placement
 from dpfa_jax.train.progress import Progress
 from dpfa_jax.train.report import write_report
 from dpfa_jax.train.schema import ConfigError
@@ -58,6 +61,7 @@ class _Task(NamedTuple):
     validation: data_lib.Chunks
     event: dp_accounting.DpEvent
     noise_multiplier: float
+    placement: Placement
 
 
 def run(
@@ -76,20 +80,25 @@ def run(
         LedgerError: if a charge would pass a budget, breaks a policy or cannot be written; nothing
             is released.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with locked(run_dir):
+
+    def lock() -> contextlib.AbstractContextManager[None]:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return locked(run_dir)
+
+    with processes.held_by_first(lock):
         return _run(config, run_dir, ledger, parent)
 
 
 def _run(
     config: Config, run_dir: Path, where: str | Path | None, parent: str | None
 ) -> dict[str, Any]:
+    placement = Placement(config)
     plan = _plan(config, run_dir, where, parent)
-    finished = read_json(run_dir / "report.json")
+    finished = processes.on_first(lambda: read_json(run_dir / "report.json"))
     if finished is not None:
         return finished
     train, validation = data_lib.load_chunks(config)
-    ledger = _open_ledger(config, run_dir, where, plan)
+    ledger = _FirstsLedger(config, run_dir, where, plan)
     task = _Task(
         config=config,
         model=make_model(config.model, config.data.chunk_bytes),
@@ -97,24 +106,24 @@ def _run(
         validation=validation,
         event=step_event(config, plan["noise_multiplier"]),
         noise_multiplier=plan["noise_multiplier"],
+        placement=placement,
     )
     started = time.monotonic()
-    result = _train_private(task, run_dir, ledger, plan["scope"])
+    result = _train_private(task, run_dir, ledger)
     result["training_seconds"] = round(time.monotonic() - started, 1)
     comparison = _compare(task, run_dir)
-    return write_report(run_dir, config, {**plan, **result, **comparison})
+    facts = {**plan, **result, **comparison}
+    return processes.on_first(lambda: write_report(run_dir, config, facts))
 
 
 def step_event(config: Config, noise_multiplier: float) -> dp_accounting.DpEvent:
     """What one step costs."""
-    # A sampler of its own: the event does not depend on the sampler's key.
-    sampler = PoissonSampler(
+    return sampling_event(
         config.data.population,
         config.sampling_probability,
         config.training.padded_batch_size,
-        keys.SecureKey.generate(),
+        noise_multiplier,
     )
-    return sampler.event(noise_multiplier)
 
 
 def _plan(
@@ -122,7 +131,7 @@ def _plan(
 ) -> dict[str, Any]:
     """The noise multiplier and the facts of the first start; later starts read them."""
     path = run_dir / "run.json"
-    plan = read_json(path)
+    plan = processes.on_first(lambda: read_json(path))
     shared = None if where is None else ledger_name(where)
     if plan is not None:
         plan = {"ledger": None, "parent": None, "scope": f"run {config.fingerprint}"} | plan
@@ -157,8 +166,9 @@ def _plan(
             **{name: importlib.metadata.version(name) for name in _REPORTED_VERSIONS},
         },
     }
-    write_json(path, plan)
-    return plan
+    # Every process solved for the noise; what the first one wrote holds.
+    processes.on_first(lambda: write_json(path, plan))
+    return processes.agreed(plan)
 
 
 def _open_ledger(
@@ -181,10 +191,61 @@ def _open_ledger(
     return ledger
 
 
+class _FirstsLedger:
+    """The ledger, which the first process alone has open. An error of it stops all."""
+
+    def __init__(
+        self, config: Config, run_dir: Path, where: str | Path | None, plan: dict[str, Any]
+    ):
+        self._scope = plan["scope"]
+        self._ledger: Ledger | None = None
+
+        def open_it() -> None:
+            self._ledger = _open_ledger(config, run_dir, where, plan)
+
+        processes.on_first(open_it)
+
+    def ask[Value](self, question: Callable[[Ledger], Value]) -> Value:
+        """Calls with the ledger, in the first process."""
+
+        def ask() -> Value:
+            assert self._ledger is not None
+            return question(self._ledger)
+
+        return processes.on_first(ask)
+
+    def charge(self, label: str, event: dp_accounting.DpEvent, fingerprint: str) -> None:
+        """Charges the run's scope."""
+        self.ask(lambda book: book.charge(self._scope, label, event, key_fingerprint=fingerprint))
+
+    def mark_released(self, label: str) -> None:
+        """Notes that the checkpoint was committed."""
+        self.ask(lambda book: book.mark_released(self._scope, label))
+
+    def epsilon_so_far(self) -> float:
+        """Of the run's scope, quickly."""
+        return self.ask(lambda book: book.spent(self._scope, fine=False))
+
+    def summary(self) -> dict[str, Any]:
+        """What the report says of it."""
+        return self.ask(
+            lambda book: {
+                "epsilon": book.spent(self._scope),
+                "steps_charged": sum(c.event.count for c in book.charges(self._scope)),
+                "ledger": book.name,
+                "ledger_head": list(book.head()),
+                "scope": self._scope,
+            }
+        )
+
+
 def _start_key(config: Config, run_dir: Path) -> tuple[Key[Array, ""], str, str]:
-    """This start's key, where it comes from, its fingerprint; on disk before its use."""
+    """This start's key, where it comes from, its fingerprint; on disk before its use.
+
+    Every process draws one. What it is handed to takes the first process's (``keys.take_key``).
+    """
     path = run_dir / "starts.json"
-    starts = read_json(path) or []
+    starts = processes.on_first(lambda: read_json(path) or [])
     seed = config.privacy.reproducible_seed
     if seed is None:
         secure = keys.SecureKey.generate()
@@ -194,8 +255,8 @@ def _start_key(config: Config, run_dir: Path) -> tuple[Key[Array, ""], str, str]
         source = f"reproducible seed {seed}: NOT PRIVATE, anybody can remove this noise"
         fingerprint = f"seed {seed}, start {len(starts)}"
     starts.append({"key_fingerprint": fingerprint, "time": time.time()})
-    write_json(path, starts)
-    return key, source, fingerprint
+    processes.on_first(lambda: write_json(path, starts))
+    return keys.take_key(key), source, processes.agreed(fingerprint)
 
 
 def _optimizer(task: _Task, noise_key: Key[Array, ""]) -> optax.GradientTransformation:
@@ -251,7 +312,7 @@ class _Batches:
 
     def __init__(self, task: _Task, key: Key[Array, ""]):
         c = task.config
-        self._symbols = task.train.symbols
+        self._symbols, self._placement = task.train.symbols, task.placement
         self._sampler = UserSampler(
             task.train.unit,
             max_examples_per_user=c.data.max_chunks_per_user or 1,
@@ -260,11 +321,8 @@ class _Batches:
             rng=key,
         )
 
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        batch = self._sampler.sample(step)
-        symbols = self._symbols[batch.examples]
-        symbols[batch.is_padding_slot] = -1
-        return symbols, batch.is_padding_example
+    def __getitem__(self, step: int) -> tuple[Array, Array]:
+        return self._placement.load(self._symbols, self._sampler.sample(step))
 
 
 def _evaluate(model: Model, params: PyTree, symbols: np.ndarray, size: int = 256) -> float:
@@ -283,8 +341,8 @@ def _evaluate_sums(model: Model, params: PyTree, chunks: Array) -> tuple[Array, 
 _EVALUATE = jax.jit(_evaluate_sums, static_argnums=0)
 
 
-def _train_private(task: _Task, run_dir: Path, ledger: Ledger, scope: str) -> dict[str, Any]:
-    c, t = task.config, task.config.training
+def _train_private(task: _Task, run_dir: Path, ledger: _FirstsLedger) -> dict[str, Any]:
+    c, t, place = task.config, task.config.training, task.placement
     key, key_source, fingerprint = _start_key(c, run_dir)
     tx = _optimizer(task, jax.random.fold_in(key, _NOISE))
     batches = _Batches(task, jax.random.fold_in(key, _SAMPLING))
@@ -292,6 +350,7 @@ def _train_private(task: _Task, run_dir: Path, ledger: Ledger, scope: str) -> di
         _unit_loss(task.model),
         l2_clip_norm=c.privacy.l2_clip_norm,
         microbatch_size=t.microbatch_size,
+        batch_sharding=place.rows,
     )
 
     @jax.jit
@@ -300,40 +359,40 @@ def _train_private(task: _Task, run_dir: Path, ledger: Ledger, scope: str) -> di
         updates, state = tx.update(total, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = jax.jit(task.model.init)(jax.random.fold_in(key, _INIT))
-    state = tx.init(params)
+    params = place.make(task.model.init, jax.random.fold_in(key, _INIT))
+    state = place.optimiser_state(tx, params)
     parameters = sum(x.size for x in jax.tree.leaves(params))
-    with contextlib.closing(Checkpoints(run_dir)) as checkpoints, Progress(t.steps) as progress:
+    with (
+        contextlib.closing(Checkpoints(run_dir)) as checkpoints,
+        Progress(t.steps, quiet=not processes.is_first()) as progress,
+    ):
         done, params, state, history = checkpoints.restore(params, state)
         _check_finite(params)
         for block in _blocks(t.steps, t.checkpoint_every):
             label = f"steps {block.start} to {block.stop - 1}"
             if block.stop <= done:
-                ledger.mark_released(scope, label)
+                ledger.mark_released(label)
                 continue
             # Refuses a block that was released: its checkpoint is gone, and running it
             # again would release it a second time under one charge.
             event = dp_accounting.SelfComposedDpEvent(task.event, len(block))
-            ledger.charge(scope, label, event, key_fingerprint=fingerprint)
+            ledger.charge(label, event, fingerprint)
             for i in block:
                 params, state = step(params, state, *batches[i])
                 progress.step(i + 1)
             loss = _evaluate(task.model, params, task.validation.symbols)
-            epsilon = ledger.spent(scope, fine=False)
+            epsilon = ledger.epsilon_so_far()
             history.append({"step": block.stop, "validation_loss": loss, "epsilon": epsilon})
+            # The release. A process that is gone is missed here, before anything is written.
+            processes.wait_for_all(f"commit {block.stop}")
             checkpoints.save(block.stop, params, state, history)
-            ledger.mark_released(scope, label)
+            ledger.mark_released(label)
             progress.committed(block.stop, loss, epsilon)
             _check_finite(params)
-    charges = ledger.charges(scope)
     return {
-        "epsilon": ledger.spent(scope),
+        **ledger.summary(),
+        "starts": processes.on_first(lambda: len(read_json(run_dir / "starts.json"))),
         "steps": t.steps,
-        "steps_charged": sum(charge.event.count for charge in charges),
-        "ledger": ledger.name,
-        "ledger_head": list(ledger.head()),
-        "scope": scope,
-        "starts": len(read_json(run_dir / "starts.json")),
         "key_source": key_source,
         "parameters": parameters,
         "validation_loss": history[-1]["validation_loss"],
@@ -345,8 +404,13 @@ def _train_private(task: _Task, run_dir: Path, ledger: Ledger, scope: str) -> di
 
 def _check_finite(params: PyTree) -> None:
     # After the commit: that a run diverged is something it shows about its parameters.
-    if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params)):
+    if not bool(_ALL_FINITE(params)):
         raise ConfigError("training.learning_rate: training diverged; a smaller one is needed.")
+
+
+_ALL_FINITE = jax.jit(
+    lambda params: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]).all()
+)
 
 
 def _blocks(steps: int, size: int) -> Iterator[range]:
@@ -359,10 +423,10 @@ def _compare(task: _Task, run_dir: Path) -> dict[str, Any]:
     if not task.config.report.release_nonprivate_comparison:
         return {"nonprivate_validation_loss": None}
     path = run_dir / "nonprivate.json"
-    done = read_json(path)
+    done = processes.on_first(lambda: read_json(path))
     if done is None:
         _, done = train_without_privacy(task)
-        write_json(path, done)
+        processes.on_first(lambda: write_json(path, done))
     return done
 
 
@@ -370,16 +434,16 @@ def train_without_privacy(task: _Task) -> tuple[PyTree, dict[str, Any]]:
     """Trains the model WITHOUT privacy, on the same data; parameters and facts."""
     c, t = task.config, task.config.training
     assert c.report.nonprivate_learning_rate is not None
-    key = keys.SecureKey.generate().key()
+    key = keys.take_key(keys.SecureKey.generate())
     batches = _Batches(task, jax.random.fold_in(key, _SAMPLING))
-    params = jax.jit(task.model.init)(jax.random.fold_in(key, _INIT))
+    params = task.placement.make(task.model.init, jax.random.fold_in(key, _INIT))
     tx = optax.adamw(
         _schedule(c, c.report.nonprivate_learning_rate),
         b1=t.b1,
         b2=t.b2,
         weight_decay=t.weight_decay,
     )
-    state = tx.init(params)
+    state = task.placement.optimiser_state(tx, params)
     unit_loss = _unit_loss(task.model)
 
     def batch_loss(params: PyTree, symbols: Array, padding: Array) -> Array:
@@ -394,7 +458,7 @@ def train_without_privacy(task: _Task) -> tuple[PyTree, dict[str, Any]]:
 
     history = []
     started = time.monotonic()
-    with Progress(t.steps, title="not private") as progress:
+    with Progress(t.steps, title="not private", quiet=not processes.is_first()) as progress:
         for block in _blocks(t.steps, t.checkpoint_every):
             for i in block:
                 params, state = step(params, state, *batches[i])

@@ -24,10 +24,12 @@ class Progress:
     Args:
         steps: how many there will be.
         title: stands before the bar.
+        quiet: shows nothing: one of several processes speaks.
     """
 
-    def __init__(self, steps: int, title: str = "private"):
-        self._console = Console()
+    def __init__(self, steps: int, title: str = "private", *, quiet: bool = False):
+        self._console = Console(quiet=quiet)
+        self._quiet = quiet
         self._steps = steps
         self._title = title
         self._shown = ""
@@ -38,7 +40,7 @@ class Progress:
             TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
         )
         self._task = self._bar.add_task(title, total=steps, shown="")
 
@@ -82,5 +84,5 @@ class Progress:
         spent = "ε = ∞" if math.isinf(epsilon) else f"ε = {epsilon:.2f}"
         shown = f"validation loss {validation_loss:.3f} nats/byte, {spent}"
         self._bar.update(self._task, completed=done, shown=shown)
-        if not self._console.is_terminal:
+        if not self._console.is_terminal and not self._quiet:
             print(f"{self._title}: step {done}/{self._steps}, {shown}", flush=True)

@@ -105,6 +105,9 @@ def build[T](cls: type[T], table: Any, prefix: str = "") -> T:
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if dataclasses.is_dataclass(hints[name]):
+            if name not in table and field.default is not dataclasses.MISSING:
+                values[name] = field.default
+                continue
             if name not in table:
                 raise ConfigError(f"{prefix}{name}: the table is missing.")
             values[name] = build(hints[name], table[name], f"{prefix}{name}.")

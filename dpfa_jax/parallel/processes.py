@@ -1,0 +1,162 @@
+"""Several processes of one program: how they start, what the first does alone, how they end.
+
+JAX runs the same program in every process. What exists once (a ledger, a report, a key from
+the operating system) is the first process's business; the others learn the outcome, and an
+error of the first is an error of all. Nothing here polls: if a process dies, the collective
+that waits for it fails, or JAX's coordination service ends those that wait.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+class ProcessError(RuntimeError):
+    """The first process could not go on, or another one cannot be reached."""
+
+
+def start(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat_seconds: int = 30,
+) -> None:
+    """Joins the other processes, before anything else of JAX is used.
+
+    Args:
+        coordinator: ``'host:port'`` of the first process. None: JAX finds it, and the other two,
+            in the environment of SLURM, Open MPI, Kubernetes or a TPU pod.
+        processes: how many there are.
+        process_id: this one's number, from 0.
+        heartbeat_seconds: without a sign of life for so long, a process counts as dead.
+
+    Raises:
+        ValueError: if only some of the three are given, or they do not fit together.
+        ProcessError: if the others cannot be reached.
+    """
+    given = (coordinator, processes, process_id)
+    if any(x is None for x in given) and any(x is not None for x in given):
+        raise ValueError(
+            f"coordinator={coordinator!r}, processes={processes!r}, process_id={process_id!r}: "
+            "allowed are all three, or none (they are then found in the environment)."
+        )
+    if processes is not None and process_id is not None and not 0 <= process_id < processes:
+        raise ValueError(
+            f"process_id={process_id!r}: allowed is a whole number from 0 to {processes - 1}."
+        )
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process_id, heartbeat_timeout_seconds=heartbeat_seconds
+        )
+    except Exception as error:
+        raise ProcessError(f"the processes cannot join: {error}") from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def agreed(value: Any) -> Any:
+    """The first process's value, of anything that JSON holds, in all of them."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else None
+    size = multihost_utils.broadcast_one_to_all(np.int32(0 if text is None else text.size))
+    padded = np.zeros(int(size), np.uint8) if text is None else text
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def agreed_array(value: np.ndarray) -> np.ndarray:
+    """The first process's array in all of them; they give one of the same shape and dtype."""
+    if jax.process_count() == 1:
+        return value
+    return np.asarray(multihost_utils.broadcast_one_to_all(value))
+
+
+def on_first[Value](function: Callable[[], Value]) -> Value:
+    """Calls the function in the first process; its result, or its failure, is everybody's.
+
+    Args:
+        function: its result is something that JSON holds.
+
+    Raises:
+        ProcessError: in the other processes, where the first one's call raised; in the first
+            it is the error itself.
+
+    Example:
+        >>> on_first(lambda: 3)
+        3
+    """
+    outcome: dict[str, Any] = {}
+    failure: Exception | None = None
+    if is_first():
+        try:
+            outcome = {"value": function()}
+        except Exception as error:
+            failure, outcome = error, {"error": f"{type(error).__name__}: {error}"}
+    if jax.process_count() == 1 and failure is None:
+        return outcome["value"]  # type: ignore[no-any-return]
+    if jax.process_count() > 1:
+        outcome = agreed(outcome)
+    if failure is not None:
+        raise failure
+    if "error" in outcome:
+        raise ProcessError(f"the first process stopped: {outcome['error']}")
+    return outcome["value"]  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def held_by_first(make: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """A context that the first process enters for all, such as a lock."""
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(make())
+
+        on_first(enter)
+        yield
+
+
+def wait_for_all(where: str) -> None:
+    """Returns when every process has come here; fails if one cannot any more."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+_AFTER = (
+    " Nothing was released after the last checkpoint; the same command in all processes continues "
+    "from there."
+)
+
+
+def stop(error: BaseException, own: tuple[type[BaseException], ...] = ()) -> NoReturn:
+    """Says why, and ends this process at once, with 2 for an error of its own and 3 for a lost one.
+
+    JAX's shutdown waits for all processes, some of which are waiting in a collective or gone.
+    Nothing is lost: what was released is on disk, and what was not is not.
+
+    Args:
+        error: why.
+        own: types of errors that a person can mend. What a collective raises when another
+            process is gone has no type of its own.
+    """
+    mendable = isinstance(error, own)
+    if mendable:
+        text = str(error)
+    elif isinstance(error, ProcessError):
+        text = f"{error}"
+    else:
+        first = (str(error).strip().splitlines() or [""])[0]
+        text = f"another process stopped or cannot be reached ({type(error).__name__}: {first})"
+    after = "" if mendable else _AFTER
+    print(f"dpfa: process {jax.process_index()}: {text}.{after}", file=sys.stderr, flush=True)
+    os._exit(2 if mendable else 3)

@@ -1,0 +1,135 @@
+"""Two real processes train together; each is killed once; one device continues."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+from small_runs import small, to_toml
+
+from dpfa_jax.ledger import Ledger
+from dpfa_jax.parallel import processes
+from dpfa_jax.train import loop
+from dpfa_jax.train.config import parse_config
+
+COMMAND = [sys.executable, "-m", "dpfa_jax.cli", "train"]
+STEPS = 12
+TABLE = small(training__steps=STEPS, training__checkpoint_every=1, privacy__reproducible_seed=5)
+LINE = re.compile(r"private: step (\d+)/\d+, validation loss ([\d.]+)")
+
+
+def free_port():
+    with socket.socket() as made:
+        made.bind(("localhost", 0))
+        return made.getsockname()[1]
+
+
+def options(count, port, number):
+    text = f"--mesh data={count} --coordinator localhost:{port}"
+    return f"{text} --processes {count} --process-id {number}".split()
+
+
+def start(path, run_dir, count=2):
+    port = free_port()
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
+    return [
+        subprocess.Popen(
+            [*COMMAND, str(path), "--run-dir", str(run_dir), *options(count, port, i)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+        )
+        for i in range(count)
+    ]
+
+
+def kill_after(group, victim, lines):
+    """Kills one process when the first has shown so many checkpoints; what both then said."""
+    shown, said = {}, ""
+    for line in group[0].stdout:
+        said += line
+        if match := LINE.match(line):
+            shown[int(match[1])] = float(match[2])
+            if len(shown) == lines:
+                break
+    assert len(shown) == lines, said + group[1].stdout.read()
+    group[victim].send_signal(signal.SIGKILL)
+    texts = [process.communicate(timeout=120)[0] for process in group]
+    return shown, texts, [process.returncode for process in group]
+
+
+def state_of(run_dir, fingerprint):
+    charges = Ledger(run_dir / "ledger.sqlite").charges(f"run {fingerprint}")
+    kept = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdecimal())
+    return charges, kept[-1]
+
+
+@pytest.fixture
+def _as_in_a_process():
+    # The optimiser library's schedules mix Python and array numbers.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("_as_in_a_process")
+def test_two_processes_train_as_one_and_survive_being_killed(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(TABLE))
+    run_dir, config = tmp_path / "run", parse_config(TABLE)
+
+    shown, texts, codes = kill_after(start(path, run_dir), victim=1, lines=3)
+    assert codes == [3, -signal.SIGKILL], texts
+    assert "dpfa: process 0: another process stopped or cannot be reached" in texts[0]
+    assert "Nothing was released after the last checkpoint" in texts[0]
+    charges, last = state_of(run_dir, config.fingerprint)
+    # Nothing was released without its charge, and at most the block under way was not released.
+    assert [c.released for c in charges[:last]] == [True] * len(charges[:last])
+    assert last <= len(charges) <= last + 1
+
+    more, texts, codes = kill_after(start(path, run_dir), victim=0, lines=2)
+    assert min(more) == last + 1
+    assert codes[0] == -signal.SIGKILL, texts
+    # Whichever sees it first ends it: the collective that fails, or JAX's coordination service.
+    assert codes[1] != 0, texts
+    assert "private" not in texts[1]  # the other never shows a thing
+    before = charges
+    charges, last = state_of(run_dir, config.fingerprint)
+    assert [c.label for c in charges[: len(before)]] == [c.label for c in before]
+
+    report = loop.run(config, run_dir)  # one process, one device
+    assert report["steps"] == report["steps_charged"] == STEPS
+    charges, _ = state_of(run_dir, config.fingerprint)
+    assert [c.label for c in charges] == [f"steps {i} to {i}" for i in range(STEPS)]
+    assert all(c.released for c in charges)
+    assert report["starts"] == 3
+
+    # The first start's noise and batches, in one process: the same losses, to what is printed.
+    alone = loop.run(config, tmp_path / "alone")
+    losses = {h["step"]: h["validation_loss"] for h in alone["history"]}
+    assert all(abs(losses[step] - loss) < 2e-3 for step, loss in shown.items())
+    kept = json.loads((run_dir / "report.json").read_text())["history"]
+    assert all(abs(losses[h["step"]] - h["validation_loss"]) < 1e-4 for h in kept[: len(shown)])
+
+
+def test_what_starts_processes_is_checked():
+    with pytest.raises(ValueError, match="allowed are all three, or none"):
+        processes.start("localhost:1", None, 0)
+    with pytest.raises(ValueError, match="process_id=2: allowed is a whole number from 0 to 1"):
+        processes.start("localhost:1", 2, 2)
+
+
+def test_an_error_of_the_first_process_stays_its_own():
+    def fail():
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        processes.on_first(fail)
+    assert processes.agreed({"a": [1, None]}) == {"a": [1, None]}

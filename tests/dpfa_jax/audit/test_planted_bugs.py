@@ -52,7 +52,7 @@ _ATTENTION_BUGS = {
     ),
     "no noise on the sum of weights": (
         common.release_record, None,
-        "noisy_l = denominator + jnp.float32(spec.denominator_std) * g_l",
+        "noisy_l = denominator + _times(g_l, spec.denominator_std)",
         "noisy_l = denominator",
         "record, add_remove, one row", 10_000, "broken",
     ),

@@ -38,6 +38,7 @@ from dpfa_jax.train import data as data_lib
 from dpfa_jax.train import loop
 from dpfa_jax.train.config import Config
 from dpfa_jax.train.model import losses, make_model
+from dpfa_jax.train.placement import Placement
 from dpfa_jax.train.schema import ConfigError
 
 CANARIES = 512
@@ -289,7 +290,15 @@ def audit_chat(
             loop.step_event(config, multiplier), config.training.steps
         )
 
-    task = loop._Task(config, model, planted.chunks, validation, loop.step_event(config, z), z)
+    task = loop._Task(
+        config=config,
+        model=model,
+        train=planted.chunks,
+        validation=validation,
+        event=loop.step_event(config, z),
+        noise_multiplier=z,
+        placement=Placement(config),
+    )
     params, scores = _train_private(task, jax.random.fold_in(root, 4), canaries, announce)
     announce("training without privacy")
     texts = planted.chunks.symbols.copy()

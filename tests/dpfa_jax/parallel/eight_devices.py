@@ -21,6 +21,7 @@ from dpfa_jax import add_noise, clipped_grad, dp_aggregate, keys
 from dpfa_jax.clipping.adaptive import adaptive_clipped_grad
 from dpfa_jax.optim import dp_adamw, noise_std
 from pallas_kernels import prng
+from pallas_kernels.weighted_sum import weighted_sum
 
 CHECKS = {}
 WIDTHS = {"table": (48, 64), "dense": {"kernel": (64, 96), "bias": (96,)}, "head": (96, 40)}
@@ -500,6 +501,28 @@ def adaptive():
         )
     )(grad.init(), params, tokens, padding)
     return far(expected, out)
+
+
+@check
+def weighted_sums():
+    """Of each split of the rows over a mesh of 4 x 2: how far off, and the collectives."""
+    rng = np.random.default_rng(0)
+    rows, weights = rng.standard_normal((16, 24, 8)), rng.uniform(size=16)
+    rows[3], weights[3] = np.nan, 0.0
+    wanted = np.einsum("b,b...->...", weights, np.nan_to_num(rows))
+
+    def call(rows, weights):
+        return weighted_sum(rows, weights, implementation="triton", interpret=True)
+
+    found = {}
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        over = mesh(8, kind, ("a", "b"), (4, 2))
+        for spec in (P("a"), P(None, "a"), P("a", "b"), P(("a", "b"))):
+            given = placed((np.float32(rows), np.float32(weights)), over, (spec, P(spec[0])))
+            compiled = jax.jit(call).lower(*given).compile()
+            got = np.asarray(compiled(*given), np.float64)
+            found[f"{kind.name}, {tuple(spec)}"] = [np.abs(got - wanted).max(), collectives(compiled)]
+    return found
 
 
 def main():

@@ -1,32 +1,20 @@
 """Noise and clipped sums on eight virtual devices: what ``eight_devices.py`` found there."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-import dpfa_jax
+from once import output_of
 
 SCRIPT = Path(__file__).with_name("eight_devices.py")
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
-def found():
-    flags = os.environ.get("XLA_FLAGS", "")
-    env = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(dpfa_jax.__file__).parents[1]),
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
-    }
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT)], env=env, capture_output=True, text=True, timeout=280
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+def found(tmp_path_factory):
+    return json.loads(output_of(SCRIPT, tmp_path_factory))
 
 
 def of(found, name):
@@ -36,7 +24,6 @@ def of(found, name):
     return result
 
 
-@pytest.mark.slow
 def test_the_noise_is_that_of_one_device_bit_for_bit(found):
     same = of(found, "same_noise")
     assert [name for name, equal in same.items() if not equal] == []
@@ -127,3 +114,13 @@ def test_the_variance_is_that_of_one_release(found):
     assert abs(scores["shard_map"]) < 5
     assert scores["planted: every device"] > 1000
     assert scores["planted: every device, keys of their own"] > 1000
+
+
+def test_weighted_sums_add_what_each_device_has(found):
+    sums = of(found, "weighted_sums")
+    assert len(sums) == 8
+    for how, (distance, sent) in sums.items():
+        assert distance < 3e-6, how
+        # One sum over the devices that have other examples, of the entries they share.
+        examples_are_split = "(None" not in how
+        assert [kind for kind, _ in sent] == ["all-reduce"] * examples_are_split, how

@@ -69,15 +69,17 @@ def _held_excess(value_clip: float, dtype: str, head_dim: int) -> float:
 def _summation_error(num_keys: int, head_dim: int, dtype: str, summation: Summation) -> float:
     """Largest difference that rounding makes to Σ w v̄ between neighbours, in units of C."""
     if summation == "chunks":
-        # The coarser unit whatever the format: one for all devices.
+        # The coarser unit whatever the format: one for all devices. Noise is added to integers.
         return _chunk_error(num_keys, head_dim, "bfloat16")
     block = min(_BLOCK, num_keys)
     gamma = block * _U / (1 - block * _U)
     tree = 2 * gamma * block + 4 * _U * num_keys
-    return max(tree, _chunk_error(num_keys, head_dim, dtype))
+    # Triton and TPU kernels turn their sum into a float before they add the noise: a rounding of at
+    # most half a u of nC in both neighbours.
+    return max(tree, _chunk_error(num_keys, head_dim, dtype, converted=_U * num_keys))
 
 
-def _chunk_error(num_keys: int, head_dim: int, dtype: str) -> float:
+def _chunk_error(num_keys: int, head_dim: int, dtype: str, converted: float = 0.0) -> float:
     """The same for the fused kernels: one chunk, and its rounding to the unit.
 
     512 keys added one at a time: the t-th addition errs by at most half a u of a sum of
@@ -88,10 +90,12 @@ def _chunk_error(num_keys: int, head_dim: int, dtype: str) -> float:
     moves a coordinate by at most g more than before, and the four parts of a sum of
     weights likewise. g <= max(1.02·2⁻¹¹, n·2⁻²⁸)·C on Hopper, n·2⁻²⁸·C elsewhere.
 
+    ``converted`` is what kernels other than Hopper's lose where their sum becomes a float.
+
     Source: docs/privacy.md, section 1, "Rounding".
     """
     one_by_one = min(num_keys, 512)
-    error = _U * one_by_one * (one_by_one + 1) / 2
+    error = _U * one_by_one * (one_by_one + 1) / 2 + converted
     unit = num_keys * 2.0**-28
     if dtype != "float32":  # Hopper's kernels take short formats only.
         keys = 16 * math.ceil(min(num_keys, 1024) / 16)

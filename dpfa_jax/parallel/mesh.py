@@ -148,7 +148,10 @@ def gathered(x: jax.Array, mesh: Mesh) -> jax.Array:
     """
     # Without the barrier XLA gathers first and casts what arrived.
     x = jax.lax.optimization_barrier(x)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+    # Within clipped_grad the axes of an Explicit mesh are Auto.
+    here = jax.sharding.get_abstract_mesh()
+    over = NamedSharding(mesh if here.empty else here, PartitionSpec())
+    return jax.lax.with_sharding_constraint(x, over)
 
 
 def replicated(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import batching, partition
@@ -60,8 +61,19 @@ def explain(x: Any, g: Any, *, form: Form | None = None) -> list[tuple[str, str 
     """
     _check_operands(x, g, form)
     form = form or common.best_form(x.shape[1], x.shape[2], g.shape[2])
-    reasons = [(name, _wrong_device(name) or _unsupported(name, x, g, form)) for name in _KERNELS]
+    reasons = [
+        (name, _wrong_device(name) or _not_split(name) or _unsupported(name, x, g, form))
+        for name in _KERNELS
+    ]
     return [*reasons, *((name, None) for name in _PLAIN)]
+
+
+def _not_split(name: str) -> str | None:
+    """Why XLA could not split the kernel over the devices that there are; None if it can."""
+    manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    if name == "mosaic_tpu" and jax.device_count() > 1 and not manual:
+        return "XLA cannot split it over several chips; inside shard_map it runs on each"
+    return None
 
 
 def _unsupported(name: str, x: Any, g: Any, form: Form) -> str | None:

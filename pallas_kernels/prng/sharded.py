@@ -165,9 +165,16 @@ def _normals_like(nonces: tuple[Nonce, ...]) -> Any:
 
     operation = custom_partitioning(whole)
     operation.def_partition(partition=partition, sharding_rule=rule)
+
     # Under vmap nothing is split: the lanes are made as one device makes them.
     # The outer jit is for arrays outside of any: it is what splits them.
-    mapped = jax.custom_batching.custom_vmap(jax.jit(operation))
+    # XLA for TPUs cannot be told how to split an operation: there each chip makes all of a leaf
+    # unless types say how it is split (Explicit axes, shard_map).
+    @jax.jit
+    def split(*arguments: jax.Array) -> Any:
+        return jax.lax.platform_dependent(*arguments, tpu=whole, default=operation)
+
+    mapped = jax.custom_batching.custom_vmap(split)
 
     @mapped.def_vmap
     def _(axis_size: int, in_batched: Any, *arguments: Any) -> Any:

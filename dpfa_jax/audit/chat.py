@@ -227,10 +227,10 @@ def _train_private(
     return params, scores
 
 
-def _exposure(task: loop._Task, params: PyTree, code: str, random: np.random.Generator) -> float:
-    """−log₂ of the share of codes that are as likely as ``code`` in its sentence."""
-    others = random.integers(0, 10, (_SAMPLED_CODES, _DIGITS))
-    texts = [_text(code), *(_text("".join(map(str, x))) for x in others)]
+def _exposures(task: loop._Task, params: PyTree, codes: list[str]) -> list[float]:
+    """Of each code, −log₂ of the share of random codes that are as likely in its sentence."""
+    others = np.random.default_rng(0).integers(0, 10, (_SAMPLED_CODES, _DIGITS))
+    texts = [*map(_text, codes), *(_text("".join(map(str, x))) for x in others)]
     symbols = np.stack([data_lib.fold(x) for x in texts])
 
     @jax.jit
@@ -239,7 +239,9 @@ def _exposure(task: loop._Task, params: PyTree, code: str, random: np.random.Gen
         return jax.lax.map(one, rows, batch_size=1024)
 
     each = np.asarray(nats(params, jnp.asarray(symbols)), np.float64)
-    return float(-np.log2((np.sum(each[1:] <= each[0]) + 1) / each.size))
+    sample = each[len(codes) :]
+    counts = [int(np.sum(sample <= x)) + 1 for x in each[: len(codes)]]
+    return [float(-np.log2(n / (sample.size + 1))) for n in counts]
 
 
 def audit_chat(
@@ -308,14 +310,11 @@ def audit_chat(
     )
     guesses = one_run.guess(scores, planted.joined)
     delta, adjacency = config.privacy.delta, config.privacy.adjacency
+    codes = [code for _, code in planted.secrets]
+    private, exposed = (_exposures(task, p, codes) for p in (params, plain))
     secrets = [
-        Secret(
-            writers,
-            code,
-            _exposure(task, params, code, np.random.default_rng(0)),
-            _exposure(task, plain, code, np.random.default_rng(0)),
-        )
-        for writers, code in planted.secrets
+        Secret(writers, code, *bits)
+        for (writers, code), *bits in zip(planted.secrets, private, exposed, strict=True)
     ]
     return ChatAudit(
         delta=delta,

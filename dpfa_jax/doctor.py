@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpfa_jax.attention import AttentionPrivacy
-from dpfa_jax.bench.attention import package_versions
+from dpfa_jax.versions import package_versions
 from pallas_kernels.attention import AttentionSpec, explain, tuning
 
 _LENGTH = 1024

@@ -100,7 +100,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     if args.config is not None:
         return _config(args, argv)
     started = time.monotonic()
-    findings = []
+    command, findings = shlex.join(["dpfa", *argv]), []
+    facts = suite.to_json([], command, 0.0)
     try:
         audits = suite.run_audits(
             jobs=args.jobs,
@@ -116,10 +117,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     for finding in audits:
         findings.append(finding)
         _show(finding)
-    command = shlex.join(["dpfa", *argv])
-    facts = suite.to_json(findings, command, time.monotonic() - started)
-    if args.json is not None:
-        write_json(args.json, facts)
+        facts = suite.to_json(findings, command, time.monotonic() - started)
+        if args.json is not None:  # a run that is cut short leaves what it found
+            write_json(args.json, facts)
     if args.html is not None:
         args.html.write_text(report.page(findings, facts), encoding="utf-8")
     failed = len(facts["failed"])

@@ -2,8 +2,6 @@
 
 import concurrent.futures
 import datetime
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +13,7 @@ from dpfa_jax.audit.attention import attention_cases, audit_attention
 from dpfa_jax.audit.result import AuditResult
 from dpfa_jax.audit.sampled import audit_sampled, sampled_cases
 from dpfa_jax.audit.training import audit_training, engines, training_cases
+from dpfa_jax.versions import package_versions
 from pallas_kernels.attention import api as kernels
 
 KINDS = ("attention", "training", "sampling")
@@ -143,10 +142,7 @@ def to_json(findings: list[Finding], command: str, seconds: float) -> dict[str, 
         "claims": len(results),
         "failed": [r.name for r in results if not r.passed],
         "seconds": round(seconds, 1),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _REPORTED_VERSIONS},
-        },
+        "versions": package_versions(_REPORTED_VERSIONS),
         "device": jax.devices()[0].device_kind,
         "noise": keys.SecureKey.source,
         "results": [

@@ -8,10 +8,8 @@ text of its error.
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import itertools
 import multiprocessing
-import platform
 import queue
 import time
 from collections.abc import Iterator, Sequence
@@ -41,20 +39,9 @@ from dpfa_jax.bench.timing import (
     measure,
     ratio_with_interval,
 )
+from dpfa_jax.versions import package_versions
 
 VERSIONS: tuple[Version, ...] = (*peers.VERSIONS, *ours.VERSIONS)
-_PACKAGES = ("dpfa_jax", "jax", "jaxlib", "numpy", "tokamax", "torch", "nvidia-cudnn-cu13")
-
-
-def package_versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str | None]:
-    """Versions of what is measured; None for a package that is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
 
 
 _SHAPES = {"all": ALL, "standard": STANDARD}

@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from dpfa_jax.bench import decoder, opacus_steps, steps
-from dpfa_jax.bench.attention import package_versions
 from dpfa_jax.bench.decoder import DecoderShape
 from dpfa_jax.bench.files import write_json
 from dpfa_jax.bench.steps import NON_PRIVATE, OURS, OURS_NO_NOISE, Version
@@ -32,6 +31,7 @@ from dpfa_jax.bench.timing import (
     measure,
     ratio_with_interval,
 )
+from dpfa_jax.versions import package_versions
 
 _PACKAGES = ("jax-privacy", "optax", "flax", "torch", "opacus")
 

@@ -1,9 +1,7 @@
 """``dpfa bench ledger``: what a charge costs, and how fast large compositions answer."""
 
 import datetime
-import importlib.metadata
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -16,6 +14,7 @@ from dpfa_jax.accounting import Accountant, renyi
 from dpfa_jax.bench.files import write_json
 from dpfa_jax.bench.timing import BenchError
 from dpfa_jax.ledger import Ledger
+from dpfa_jax.versions import package_versions
 
 _PACKAGES = ("dpfa_jax", "sqlalchemy", "dp-accounting", "numpy")
 _DELTA = 1e-6
@@ -130,10 +129,7 @@ def run(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": command,
         "cores": os.cpu_count(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+        "versions": package_versions(_PACKAGES),
         "charges": [_charges(folder, charges, depth) for depth in (1, 4)],
         "compositions": _compositions(),
     }

@@ -25,12 +25,12 @@ from rich.table import Table
 
 from dpfa_jax import keys, optim
 from dpfa_jax.bench import decoder, steps
-from dpfa_jax.bench.attention import package_versions
 from dpfa_jax.bench.decoder import DecoderShape
 from dpfa_jax.bench.files import write_json
 from dpfa_jax.bench.timing import BenchError, Plan, Runnable, describe_error, measure
 from dpfa_jax.clipping import clipped_grad
 from dpfa_jax.parallel.mesh import DATA, fsdp_shardings, gathered, make_mesh, replicated
+from dpfa_jax.versions import package_versions
 
 LAYOUTS = ("dp", "fsdp")
 MODES = ("weak", "strong")

@@ -13,9 +13,7 @@ under the charge they have, with another key.
 """
 
 import contextlib
-import importlib.metadata
 import math
-import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -44,6 +42,7 @@ from dpfa_jax.train.progress import Progress
 from dpfa_jax.train.report import write_report
 from dpfa_jax.train.schema import ConfigError
 from dpfa_jax.train.state import Checkpoints, locked, read_json, write_json
+from dpfa_jax.versions import package_versions
 
 # Packages whose versions a reader needs to repeat a run.
 _REPORTED_VERSIONS = ("dpfa_jax", "jax", "flax", "optax", "dp-accounting")
@@ -161,10 +160,7 @@ def _plan(
         # In a shared ledger two runs of one configuration are two runs.
         "scope": f"run {config.fingerprint}" + (f" {uuid.uuid4().hex[:12]}" if shared else ""),
         "data_source": data_lib.source_description(config.data.source),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _REPORTED_VERSIONS},
-        },
+        "versions": package_versions(_REPORTED_VERSIONS),
     }
     # Every process solved for the noise; what the first one wrote holds.
     processes.on_first(lambda: write_json(path, plan))

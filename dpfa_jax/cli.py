@@ -194,8 +194,8 @@ def _add_scaling(kinds: Any) -> None:
     scaling.add_argument(
         "--models",
         type=words,
-        default=["gpt2", "1.3b"],
-        help="gpt2, 1.3b, small (default: %(default)s)",
+        default=["gpt2", "1.3b", "attention"],
+        help="gpt2, 1.3b, small, and attention over split keys (default: %(default)s)",
     )
     scaling.add_argument(
         "--layouts", type=words, default=["dp", "fsdp"], help="default: %(default)s"
@@ -265,7 +265,7 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
             command=shlex.join(["dpfa", *argv]),
         )
         scaling.print_result(measured)
-        print(f"every sample: {args.json}")
+        print(f"every sample: {args.json}, plot: {args.json.with_suffix('.svg')}")
         return
     if args.kind == "ledger":
         from dpfa_jax.bench import ledger

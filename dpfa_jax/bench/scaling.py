@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpfa_jax import keys, optim
-from dpfa_jax.bench import decoder, steps
+from dpfa_jax.bench import decoder, scaling_attention, scaling_model, scaling_plot, steps
 from dpfa_jax.bench.decoder import DecoderShape
 from dpfa_jax.bench.files import write_json
 from dpfa_jax.bench.timing import BenchError, Plan, Runnable, describe_error, measure
@@ -39,6 +39,7 @@ MODELS = {
     "1.3b": decoder.LARGE,
     "small": dataclasses.replace(decoder.SMALL, accumulate=1, batch=8),
 }
+ATTENTION = "attention"
 # Share of ideal to reach: (layout, mode, devices) -> (must, aim), for the GPT-2 of the issue.
 TARGETS = {
     ("dp", "weak", 2): (0.95, 0.98),
@@ -257,6 +258,7 @@ def measure_case(case: Case, plan: Plan) -> dict[str, Any]:
             raise BenchError(timing.error)
         entry |= {
             "parameters": step.parameters,
+            "predicted_ms": predicted_ms(case, step.parameters),
             "median_ms": 1e3 * timing.median,
             "quartile_distance_ms": 1e3 * timing.spread,
             "samples_ms": [round(1e3 * s, 4) for s in timing.seconds],
@@ -285,9 +287,28 @@ def _device_peak(devices: int) -> int | None:
     return max(peaks) if peaks else None
 
 
+def predicted_ms(case: Case, parameters: int) -> float:
+    """What docs/scaling.md predicts for the step, with an H100's constants."""
+    model = scaling_model.Decoder(
+        case.model,
+        float(parameters),
+        case.shape.layers,
+        case.shape.width,
+        together=case.shape.batch,
+        examples=case.examples,
+        length=case.shape.length,
+    )
+    return 1e3 * scaling_model.predict(model, case.devices, fsdp=case.layout == "fsdp").seconds
+
+
 def judge(cells: Sequence[dict[str, Any]]) -> None:
-    """Adds to each cell its share of ideal, over one device with the same model and batch."""
+    """Adds to each cell its share of ideal, over one device with the same model and batch.
+
+    And the prediction's error, as a share of what was measured.
+    """
     for cell in cells:
+        if "predicted_ms" in cell:
+            cell["prediction_error"] = cell["predicted_ms"] / cell["median_ms"] - 1.0
         one = [
             c
             for c in cells
@@ -317,7 +338,7 @@ def cases(
         BenchError: for names that there are not, or more devices than there are.
     """
     for option, given, allowed in (
-        ("--models", models, tuple(MODELS)),
+        ("--models", models, (*MODELS, ATTENTION)),
         ("--layouts", layouts, LAYOUTS),
         ("--modes", modes, MODES),
     ):
@@ -348,13 +369,14 @@ def cases(
 def run(
     *,
     devices: Sequence[int],
-    models: Sequence[str] = ("gpt2", "1.3b"),
+    models: Sequence[str] = ("gpt2", "1.3b", "attention"),
     layouts: Sequence[str] = LAYOUTS,
     modes: Sequence[str] = MODES,
     batch: int | None = None,
     quick: bool = False,
     budget: float = 480.0,
     plan: Plan | None = None,
+    attention_shapes: Sequence[scaling_attention.Shape] | None = None,
     json_path: Path | None = None,
     command: str = "dpfa bench scaling",
     progress: Callable[[str], None] = print,
@@ -363,14 +385,16 @@ def run(
 
     Args:
         devices: how many, each number a column of the table; one is always measured.
-        models: names from ``MODELS``.
+        models: names from ``MODELS``, and ``'attention'``: record-level attention over keys that
+            are split over the devices.
         layouts: ``'dp'``, ``'fsdp'``.
         modes: ``'weak'``, ``'strong'``.
         batch: another batch of one device.
         quick: fewer samples, weak scaling only.
         budget: seconds after which no further case is begun.
         plan: how many samples; None is the usual.
-        json_path: written after every case.
+        attention_shapes: of the attention; None is the usual.
+        json_path: written after every case; a plot is written beside it at the end.
         command: as typed, for the record.
         progress: called with one line for each case.
 
@@ -384,7 +408,9 @@ def run(
     modes = ("weak",) if quick else tuple(modes)
     usual = Plan(samples=5 if quick else 15, sample_seconds=0.2, version_seconds=20.0, least=5)
     plan = plan or usual
-    todo = cases(devices, models, layouts, modes, batch)
+    with_attention = ATTENTION in models
+    models = [name for name in models if name != ATTENTION]
+    todo = cases(devices, models, layouts, modes, batch) if models else []
     result: dict[str, Any] = {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -394,6 +420,12 @@ def run(
         "plan": dataclasses.asdict(plan),
         "cells": [],
     }
+    if with_attention:
+        # Before the training steps: it asks for little memory, and its figures are few.
+        progress("attention over keys on several devices")
+        result["attention"] = scaling_attention.rows(
+            sorted({1, *devices}), quick, shapes=attention_shapes
+        )
     for case in todo:
         spent = time.monotonic() - start
         name = f"{case.model} {case.layout} {case.mode} {case.devices}"
@@ -409,6 +441,9 @@ def run(
         if json_path is not None:
             write_json(json_path, result)
         jax.clear_caches()
+    if json_path is not None:
+        write_json(json_path, result)
+        scaling_plot.write(result, json_path.with_suffix(".svg"))
     return result
 
 
@@ -424,7 +459,7 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
     names = ("devices", "examples", "ms", "±", "tokens/s", "share", "GiB", "collectives ms", "bare")
     for name in ("model", "layout", "scaling"):
         table.add_column(name)
-    for name in names:
+    for name in (*names, "predicted"):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in result["cells"]:
         if "error" in cell:
@@ -444,8 +479,11 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
             "–" if peak is None else f"{peak / 2**30:.2f}",
             "–" if talk is None else f"{1e3 * talk['seconds']:.3g}",
             "–" if talk is None else f"{1e3 * talk['exposed']:.3g}",
+            f"{cell['prediction_error']:+.0%}",
         )
     console.print(table)
+    if "attention" in result:
+        console.print(scaling_attention.show(result["attention"]), markup=False, highlight=False)
     for cell in result["cells"]:
         if "error" in cell:
             name = f"{cell['model']} {cell['layout']} {cell['mode']} {cell['devices']}"

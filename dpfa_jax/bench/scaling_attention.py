@@ -58,7 +58,7 @@ class Shape:
         return f"T={self.rows} S={self.num_keys} N={self.heads} D={self.head_dim} {self.dtype}"
 
 
-def shapes(quick: bool) -> tuple[Shape, ...]:
+def usual_shapes(quick: bool) -> tuple[Shape, ...]:
     """What is measured; on a CPU with few and short heads, ``quick`` the first length only."""
     if jax.default_backend() == "cpu":
         made = [Shape(128, n, 2, 32, "float32") for n in KEYS]
@@ -203,21 +203,23 @@ def rows(
     devices: Sequence[int] = DEVICES,
     quick: bool = False,
     *,
+    shapes: Sequence[Shape] | None = None,
     with_gradients: bool = False,
     implementation: Any = None,
 ) -> list[dict[str, Any]]:
-    """Rows for all :func:`shapes` on each number of ``devices`` that this machine has.
+    """Rows for all :func:`usual_shapes` on each number of ``devices`` that this machine has.
 
     Args:
         devices: device counts; those above what is here are left out.
         quick: the shortest shape, few samples.
+        shapes: others than :func:`usual_shapes`.
         with_gradients: forward and backward, else forward alone.
         implementation: who sums; None takes the best.
     """
     chosen = [n for n in devices if n <= len(jax.devices())]
     plan = Plan(samples=5 if quick else 20, sample_seconds=0.02, version_seconds=5.0)
     found = []
-    for shape in shapes(quick):
+    for shape in usual_shapes(quick) if shapes is None else shapes:
         found += measure_shape(
             shape, chosen, plan, with_gradients=with_gradients, implementation=implementation
         )

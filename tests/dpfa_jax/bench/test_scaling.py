@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dpfa_jax.bench import decoder, scaling, scaling_model
+from dpfa_jax import keys
+from dpfa_jax.bench import decoder, scaling, scaling_attention, scaling_model, scaling_plot
 from dpfa_jax.bench.timing import BenchError, Plan
 
 ROOT = Path(__file__).parents[3]
@@ -47,18 +48,50 @@ def test_a_case_is_measured_and_shown(tmp_path, monkeypatch):
     small = dataclasses.replace(decoder.SMALL, layers=1, accumulate=1)
     monkeypatch.setitem(scaling.MODELS, "small", small)
     path = tmp_path / "scaling.json"
-    result = scaling.run(
-        devices=[1], models=["small"], plan=QUICK, json_path=path, progress=lambda _: None
-    )
+    with keys.allow_reuse_for_tests():
+        result = scaling.run(
+            devices=[1],
+            models=["small", "attention"],
+            quick=True,
+            plan=QUICK,
+            attention_shapes=[scaling_attention.Shape(8, 600, 1, 8, "float32")],
+            json_path=path,
+            progress=lambda _: None,
+        )
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     (cell,) = result["cells"]
     assert "error" not in cell
     assert cell["share"] == 1.0
+    error = cell["predicted_ms"] / cell["median_ms"] - 1
+    assert cell["prediction_error"] == pytest.approx(error)
+    (row,) = result["attention"]
+    assert row["share_of_ideal"] == pytest.approx(1.0)
+    plot = path.with_suffix(".svg").read_text()
+    assert "<svg" in plot
     assert cell["tokens"] == small.batch * small.length
     assert cell["peak_bytes"] > 12 * cell["parameters"]
     screen = io.StringIO()
     scaling.print_result(result, Console(file=screen, width=120))
     assert "small" in screen.getvalue()
+    assert "same bits" in screen.getvalue()
+
+
+def test_the_plot_has_a_line_for_each_kind_of_scaling():
+    cells = [
+        {"model": "gpt2", "layout": layout, "mode": "weak", "devices": n, "share": 0.9}
+        for layout in ("dp", "fsdp")
+        for n in (1, 2, 4)
+    ]
+    rows = [
+        {"version": "S=65536", "direction": "forward", "devices": n, "speed_up": 0.95 * n}
+        for n in (1, 2, 4)
+    ]
+    result = {"card": "H100", "date": "2026-11-23", "cells": cells, "attention": rows}
+    training, attention = scaling_plot.figure(result).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in training.lines}
+    assert drawn["gpt2, dp, weak"] == [[1.0, 1.0], [2.0, 1.8], [4.0, 3.6]]
+    assert set(drawn) == {"ideal", "gpt2, dp, weak", "gpt2, fsdp, weak"}
+    assert attention.lines[1].get_xydata()[2].tolist() == [4.0, 3.8]
 
 
 def test_strong_scaling_divides_the_batch():

@@ -36,7 +36,7 @@ def test_device_counts_that_are_not_here_are_refused(devices):
 
 
 def test_main_writes_every_sample(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(scaling_attention, "shapes", lambda quick: (SMALL,))
+    monkeypatch.setattr(scaling_attention, "usual_shapes", lambda quick: (SMALL,))
     path = tmp_path / "rows.json"
     with keys.allow_reuse_for_tests():
         scaling_attention.main(["--devices", "1,1000000", "--quick", "--json", str(path)])

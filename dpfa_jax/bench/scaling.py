@@ -449,7 +449,7 @@ def run(
 
 def print_result(result: dict[str, Any], console: Console | None = None) -> None:
     """One table, and what failed and why."""
-    console = console or Console(width=120)
+    console = console or Console(width=140)
     console.print(
         f"{result['card']}, jax {result['versions']['jax']}, {result['date']}. DP-SGD steps with "
         "AdamW; share: tokens/s over those of one device times the devices.",

@@ -71,7 +71,7 @@ def test_a_case_is_measured_and_shown(tmp_path, monkeypatch):
     assert cell["tokens"] == small.batch * small.length
     assert cell["peak_bytes"] > 12 * cell["parameters"]
     screen = io.StringIO()
-    scaling.print_result(result, Console(file=screen, width=120))
+    scaling.print_result(result, Console(file=screen, width=140))
     assert "small" in screen.getvalue()
     assert "same bits" in screen.getvalue()
 

@@ -217,7 +217,7 @@ _NOISE_BUGS = {
     ),
     "one noise for all leaves": (
         noise._release,
-        "g = first[n]", "g = jnp.resize(first[0], x.size)",
+        "g = first[n]", "g = jnp.resize(first[0], x.shape)",
         "training, add_remove, one step", 10_000, "broken",
     ),
     "replace_one with the noise of add_remove": (

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import mutants
 import pytest
 
-from dpfa_jax import attention, keys
+from dpfa_jax import attention, device_axes, keys
 from dpfa_jax.accounting import renyi
 from dpfa_jax.ledger import Ledger
 from dpfa_jax.ledger.state import State
-from dpfa_jax.sampling import PoissonSampler
+from dpfa_jax.sampling import PoissonSampler, poisson
 from dpfa_jax.train import loop
 from pallas_kernels.prng import chacha
 
@@ -30,11 +30,7 @@ def test_truncated_batches_accounted_as_plain(monkeypatch):
     with keys.allow_reuse_for_tests():
         tests.test_the_event_says_what_the_sampler_does()
         mutants.patch_line(
-            monkeypatch,
-            PoissonSampler.event,
-            "if self.batch_size >= self.population:",
-            "if True:",
-            PoissonSampler,
+            monkeypatch, poisson.sampling_event, "if batch_size >= population:", "if True:"
         )
         with pytest.raises(AssertionError):
             tests.test_the_event_says_what_the_sampler_does()
@@ -84,7 +80,7 @@ def test_charge_after_release(tmp_path, monkeypatch):
     tests = mutants.load_tests("train", "test_loop.py")
     # Enough noise; solving for the least takes longer than the run.
     monkeypatch.setattr(loop, "calibrate_noise_multiplier", lambda *_, **__: 500.0)
-    charge = "ledger.charge(scope, label, event, key_fingerprint=fingerprint)\n"
+    charge = "ledger.charge(label, event, fingerprint)\n"
     steps = (
         "            for i in block:\n"
         "                params, state = step(params, state, *batches[i])\n"
@@ -165,6 +161,6 @@ def test_counter_overflow(monkeypatch):
 
 def test_one_key_on_all_devices(monkeypatch):
     tests = mutants.load_tests("test_attention.py")
-    mutants.patch_line(monkeypatch, attention._check_varying, "if missing:", "if False:")
+    mutants.patch_line(monkeypatch, device_axes.positions, "if missing:", "if False:")
     with pytest.raises(FAILURES):
         tests.test_shard_map_needs_a_key_of_its_own_on_every_device("query")

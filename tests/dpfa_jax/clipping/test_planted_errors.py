@@ -35,7 +35,7 @@ def drop_cross_terms(monkeypatch):
 def drop_half_of_the_cross_terms(monkeypatch):
     right = sites.squared_norms
 
-    def once(blocks, own):
+    def once(blocks, own, product):
         alone = sum(right([b]) for b in blocks)
         return alone + (right(blocks) - alone) / 2
 
@@ -71,7 +71,7 @@ def count_steps_of_a_scan_as_layers(monkeypatch):
     """Σ over steps of ‖g‖² for a matrix that all steps share."""
     right = sites.squared_norms
 
-    def apart(blocks, own):
+    def apart(blocks, own, product):
         split = [
             tuple(f._replace(rows=jnp.swapaxes(f.rows, 1, 2)) for f in pair) for pair in blocks
         ]
@@ -111,7 +111,7 @@ def test_norms_in_bfloat16_are_seen(monkeypatch):
     reference = call("shared_weights", "vmap", verify=False)
     assert largest_difference(call("shared_weights", verify=False), reference) < 2e-5
     monkeypatch.setattr(
-        engines, "squared_norms", lambda b, own: right(b).astype(jnp.bfloat16).astype(jnp.float32)
+        engines, "squared_norms", lambda b, own, product: right(b).astype(jnp.bfloat16).astype(jnp.float32)
     )
     assert largest_difference(call("shared_weights", verify=False), reference) > 1e-4
 

@@ -25,6 +25,8 @@ def _start(path, run_dir):
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A shell that starts the tests in the background has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -47,7 +49,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_accounting(tmp_path):
     fingerprint = parse_config(TABLE).fingerprint
     choose = random.Random(20260)
     charges = []
-    for attempt in range(4):
+    for attempt in range(3):
         process = _start(path, run_dir)
         # Once training steps, wait for a random moment: in a step, a charge, a commit.
         for line in process.stdout:
@@ -68,7 +70,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_accounting(tmp_path):
     assert report["steps"] == report["steps_charged"] == 100
     final = _charged(run_dir, fingerprint)
     assert [c.label for c in final] == [f"steps {i} to {i}" for i in range(100)]
-    assert report["starts"] == 5
+    assert report["starts"] == 4
     starts = json.loads((run_dir / "starts.json").read_text())
-    assert len({s["key_fingerprint"] for s in starts}) == 5
+    assert len({s["key_fingerprint"] for s in starts}) == 4
     assert report["epsilon"] <= 8.0

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import mutants
 import pytest
 
-from dpfa_jax import attention, device_axes, keys
+from dpfa_jax import device_axes, keys
 from dpfa_jax.accounting import renyi
 from dpfa_jax.ledger import Ledger
 from dpfa_jax.ledger.state import State

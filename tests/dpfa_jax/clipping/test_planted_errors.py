@@ -111,7 +111,9 @@ def test_norms_in_bfloat16_are_seen(monkeypatch):
     reference = call("shared_weights", "vmap", verify=False)
     assert largest_difference(call("shared_weights", verify=False), reference) < 2e-5
     monkeypatch.setattr(
-        engines, "squared_norms", lambda b, own, product: right(b).astype(jnp.bfloat16).astype(jnp.float32)
+        engines,
+        "squared_norms",
+        lambda b, own, product: right(b).astype(jnp.bfloat16).astype(jnp.float32),
     )
     assert largest_difference(call("shared_weights", verify=False), reference) > 1e-4
 

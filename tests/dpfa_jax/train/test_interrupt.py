@@ -14,19 +14,24 @@ from small_runs import small, to_toml
 from dpfa_jax.ledger import Ledger
 from dpfa_jax.train.config import parse_config
 
+# A shell that starts the tests in the background has its children ignore Ctrl-C.
+PROGRAM = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from dpfa_jax.cli import main
+sys.exit(main())
+"""
 TABLE = small(training__steps=100, training__checkpoint_every=1)
 
 
 def _start(path, run_dir):
-    command = [sys.executable, "-m", "dpfa_jax.cli", "train", str(path), "--run-dir", str(run_dir)]
+    command = [sys.executable, "-c", PROGRAM, "train", str(path), "--run-dir", str(run_dir)]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        # A shell that starts the tests in the background has its children ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

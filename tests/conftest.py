@@ -29,6 +29,20 @@ def _strict_dtypes():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_maps():
+    """A process may have 65,530 memory maps, and each compiled program takes some.
+
+    Where they run out XLA dies of a segmentation fault; what is dropped here is compiled again,
+    or read from the cache.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
+
+
 def pytest_collection_finish():
     # What the libraries made when they were imported stays; no collection needs to look at it.
     gc.collect()

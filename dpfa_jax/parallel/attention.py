@@ -9,10 +9,12 @@ once. The release is the same, bit for bit, on any number of devices
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from dpfa_jax import keys
@@ -115,6 +117,7 @@ def dp_sequence_parallel_attention(
     spec = _spec(query, key, privacy, rng, float(scale), is_causal)
     check_arguments(query, key, value, spec, lengths, None, None)
     mesh, devices = _check_mesh(query, key, mesh, axis, batch_axis, head_axis)
+    mesh = _automatic(mesh, (query, key, value))
     if is_causal and query.shape[1] != key.shape[1]:
         raise ValueError(
             f"is_causal=True with {query.shape[1]} rows and {key.shape[1]} keys: as many rows as "
@@ -267,6 +270,17 @@ def make_plan(
         spec, backend, mesh, axis, batch_axis, head_axis, strategy == "ring", num_keys, block,
         interpret,
     )  # fmt: skip
+
+
+def _automatic(mesh: Any, operands: Sequence[jax.Array]) -> Any:
+    """The mesh with ``Auto`` axes, where no operand's type says how it is split.
+
+    ``jax.make_mesh`` makes ``Explicit`` axes, along which arrays without such a type fit nowhere.
+    """
+    typed = [kind for x in operands for kind in jax.typeof(x).sharding.mesh.axis_types]
+    if not isinstance(mesh, Mesh) or AxisType.Explicit in typed:
+        return mesh
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
 
 
 def run(

@@ -81,7 +81,7 @@ def _releases(case: SampledCase, engine: str) -> Any:
         engine=engine,  # type: ignore[arg-type]
         batch_argnums=(1, 2),
     )
-    kernel, bias, norm = training._canary(False)
+    kernel, bias, norm = training._canary(False, engine)
     size = 1 + training.OTHERS
     x = jnp.asarray(np.broadcast_to(training._INPUT, (size, 2, 3)), jnp.float32)
     targets = np.tile(_ORTHOGONAL, (size, 2, 1)) * 5.0

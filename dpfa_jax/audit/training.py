@@ -95,16 +95,22 @@ def _loss(is_tied: bool) -> Any:
     return loss
 
 
-def _canary(is_tied: bool) -> tuple[np.ndarray, np.ndarray, float]:
-    """The gradient's direction in kernel and bias, and its norm for targets of norm 1."""
-    kernel = np.outer(_INPUT, _OUTPUT) * (2.0 if is_tied else 1.0)
-    norm = math.sqrt(np.square(kernel).sum() + np.square(_OUTPUT).sum())
-    return kernel / norm, _OUTPUT / norm, _POSITIONS * norm
+def _canary(is_tied: bool, engine: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """The clipped gradient's direction in kernel and bias; the whole norm for targets of norm 1.
+
+    An attacker looks along what the clip leaves: a clip of each leaf turns a gradient.
+    """
+    kernel = _POSITIONS * np.outer(_INPUT, _OUTPUT) * (2.0 if is_tied else 1.0)
+    bias = _POSITIONS * _OUTPUT
+    norms = np.array([np.linalg.norm(kernel), np.linalg.norm(bias)])
+    size = float(np.linalg.norm(norms))
+    scales = norms * math.sqrt(2) if engine == "per_layer" else (size, size)
+    return kernel / scales[0], bias / scales[1], size
 
 
 def _batch(case: TrainingCase, *, positive: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inputs, targets for a step of sign +1, and which slots are padding."""
-    _, _, norm = _canary(case.is_tied)
+    _, _, norm = _canary(case.is_tied, "vmap")
     size = 1 + OTHERS + PADDING + int(case.has_nan)
     along = np.zeros(size)
     along[1 : 1 + OTHERS] = -_OTHERS_SIZE
@@ -144,7 +150,7 @@ def _train(case: TrainingCase, z: float, engine: str) -> Any:
         engine=engine,  # type: ignore[arg-type]
         batch_argnums=(1, 2),
     )
-    kernel, bias, _ = _canary(case.is_tied)
+    kernel, bias, _ = _canary(case.is_tied, engine)
 
     def project(tree: PyTree) -> Array:
         k, b = jnp.asarray(kernel, jnp.float32), jnp.asarray(bias, jnp.float32)

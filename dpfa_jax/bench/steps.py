@@ -27,6 +27,7 @@ _LEARNING_RATE = 1e-7
 NON_PRIVATE = "non-private"
 OURS = "dpfa auto"
 OURS_NO_NOISE = "dpfa auto, no noise"
+OURS_MICROBATCH = "dpfa auto, microbatch of 1/4"
 Step = Callable[[PyTree, jax.Array], PyTree]
 # (shape, trainable parameters, frozen parameters, tokens) -> clipped sum, or plain sum
 Gradient = Callable[[PyTree, PyTree, jax.Array], PyTree]
@@ -133,6 +134,7 @@ VERSIONS: tuple[Version, ...] = (
     Version(NON_PRIVATE, _plain, "none", True),
     Version(OURS, _ours("auto", _whole), "dpfa", True),
     Version(OURS_NO_NOISE, _ours("auto", _whole), "none", True),
+    Version(OURS_MICROBATCH, _ours("auto", lambda s: s.batch // 4 or 1), "dpfa"),
     Version("dpfa two_pass", _ours("two_pass", _whole), "dpfa"),
     Version("dpfa per_layer", _ours("per_layer", _whole), "dpfa"),
     Version("dpfa vmap, microbatch of 1/4", _ours("vmap", lambda s: s.batch // 4 or 1), "dpfa"),

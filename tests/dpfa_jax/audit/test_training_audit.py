@@ -37,7 +37,7 @@ def test_the_canary_is_what_it_is_said_to_be(case):
     x, t, is_padding = training._batch(case, positive=True)
     params = {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}
     gradient = jax.grad(training._loss(case.is_tied))(params, x[0], t[0])
-    kernel, bias, _ = training._canary(case.is_tied)
+    kernel, bias, _ = training._canary(case.is_tied, "vmap")
     flat = np.concatenate([gradient["kernel"].ravel(), gradient["bias"]])
     unit = np.concatenate([kernel.ravel(), bias])
     assert np.linalg.norm(unit) == pytest.approx(1.0)
@@ -48,6 +48,23 @@ def test_the_canary_is_what_it_is_said_to_be(case):
     total = grad(params, x, t, is_padding_example=is_padding)
     along = np.concatenate([total["kernel"].ravel(), total["bias"]]) @ unit
     assert along == pytest.approx(training.CLIP * (1 - training.OTHERS), rel=1e-4)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("engine", engines())
+def test_the_attacker_looks_along_the_clipped_canary(engine, is_tied):
+    """Where leaves are clipped alone, that is not the gradient's direction."""
+    case = training.TrainingCase(name="", adjacency="add_remove", is_tied=is_tied)
+    x, t, is_padding = training._batch(case, positive=True)
+    is_padding[1:] = True
+    params = {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}
+    grad = clipped_grad(
+        training._loss(is_tied), l2_clip_norm=0.5, engine=engine, batch_argnums=(1, 2)
+    )
+    total = grad(params, x, t, is_padding_example=is_padding)
+    kernel, bias, _ = training._canary(is_tied, engine)
+    along = np.sum(total["kernel"] * kernel) + np.sum(total["bias"] * bias)
+    assert along == pytest.approx(training.CLIP, rel=1e-3)
 
 
 def test_bad_input():

@@ -106,7 +106,8 @@ class SecureKey:
     """A 256-bit noise key from the operating system, held on the host.
 
     ``repr`` shows a fingerprint, never the key, and pickling is refused: a key that
-    reaches a disk can be used twice.
+    reaches a disk can be used twice. In several processes, which each draw a secret of their
+    own, :meth:`key` gives the first process's in all of them, so all must call it.
 
     Example:
         >>> key = SecureKey.generate()
@@ -122,21 +123,32 @@ class SecureKey:
         if not isinstance(secret, bytes) or len(secret) != 32:
             raise ValueError("secret: 32 bytes are needed (256 bits); its value is not shown.")
         self._secret = secret
+        self._is_this_process_alone = False
 
     @classmethod
     def generate(cls) -> "SecureKey":
         """A fresh key from the operating system's generator."""
-        return cls(secrets.token_bytes(32))
+        made = cls(secrets.token_bytes(32))
+        made._is_this_process_alone = True
+        return made
 
     def key(self) -> Key[Array, ""]:
-        """The typed JAX key array, ``key<chacha20>[]``."""
+        """The typed JAX key array, ``key<chacha20>[]``; the same in all processes."""
         # Concrete also inside a traced function, where :func:`consume` must recognise it.
         with jax.ensure_compile_time_eval():
-            return wrap(jnp.asarray(np.frombuffer(self._secret, dtype="<u4").astype(np.uint32)))
+            words = np.frombuffer(self._secret, dtype="<u4").astype(np.uint32)
+            if self._is_this_process_alone:
+                words = _of_first_process(words)
+                self._secret = words.astype("<u4").tobytes()
+                self._is_this_process_alone = False
+            return wrap(jnp.asarray(words))
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that name the key and do not reveal it."""
+        """Sixteen hexadecimal digits that name the key and do not reveal it.
+
+        In several processes: each one's own until :meth:`key` was called.
+        """
         return hashlib.sha256(b"dpfa_jax key fingerprint" + self._secret).hexdigest()[:16]
 
     def __repr__(self) -> str:
@@ -170,19 +182,20 @@ def take_key(rng: object) -> Key[Array, ""]:
     if key.shape != ():
         raise ValueError(f"rng has shape {key.shape}: one key is needed, shape ().")
     consume(key)
-    return _of_first_process(key)
+    if isinstance(key, jax.core.Tracer) or jax.process_count() == 1:
+        return key
+    return wrap(jnp.asarray(_of_first_process(np.asarray(jax.random.key_data(key)))))
 
 
-def _of_first_process(key: Key[Array, ""]) -> Key[Array, ""]:
-    """The first process's key in all processes, which each drew one of their own.
+def _of_first_process(words: np.ndarray) -> np.ndarray:
+    """The first process's key words in all processes, which each drew their own.
 
     Otherwise each would add noise of its own to one sum, or sample a batch of its own. All
     processes come here together: they run one program.
     """
-    if isinstance(key, jax.core.Tracer) or jax.process_count() == 1:
-        return key
-    words = np.asarray(jax.random.key_data(key))
-    return wrap(jnp.asarray(np.asarray(multihost_utils.broadcast_one_to_all(words))))
+    if jax.process_count() == 1:
+        return words
+    return np.asarray(multihost_utils.broadcast_one_to_all(words))
 
 
 def is_noise_key(key: object) -> bool:

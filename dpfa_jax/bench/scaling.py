@@ -8,7 +8,6 @@ as tokens per second, over k times those of one device.
 import dataclasses
 import datetime
 import functools
-import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from dpfa_jax import keys, optim
 from dpfa_jax.bench import decoder, scaling_attention, scaling_model, scaling_plot, steps
 from dpfa_jax.bench.decoder import DecoderShape
 from dpfa_jax.bench.files import write_json
+from dpfa_jax.bench.hlo import collectives
 from dpfa_jax.bench.timing import BenchError, Plan, Runnable, describe_error, measure
 from dpfa_jax.clipping import clipped_grad
 from dpfa_jax.parallel.mesh import DATA, fsdp_shardings, gathered, make_mesh, replicated
@@ -167,35 +167,14 @@ class TrainStep:
         return int(peak + memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
 
-_COLLECTIVE = re.compile(
-    r"^\s*(?:ROOT )?%\S+ = (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|"
-    r"collective-permute)(?:-start)?\("
-)
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-
-
-def collectives(text: str) -> list[dict[str, Any]]:
-    """The collectives in a compiled program: kind, how many instructions, bytes of results.
-
-    Example:
-        >>> collectives("  %a = f32[4,2]{1,0} all-reduce(%b), channel_id=1")
-        [{'kind': 'all-reduce', 'instructions': 1, 'bytes': 32}]
-    """
-    found: dict[str, list[int]] = {}
-    for line in text.splitlines():
-        match = _COLLECTIVE.search(re.sub(r"/\*.*?\*/", "", line))
-        if match is None:
-            continue
-        total = 0
-        for dtype, dims in re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", match[1]):
-            size = _BYTES.get(dtype, 4)
-            for n in filter(None, dims.split(",")):
-                size *= int(n)
-            total += size
-        found.setdefault(match[2], []).append(total)
+def _by_kind(text: str) -> list[dict[str, Any]]:
+    """The collectives in a compiled program: kind, how many instructions, bytes of results."""
+    sizes: dict[str, list[int]] = {}
+    for sent in collectives(text):
+        sizes.setdefault(sent.kind, []).append(sent.bytes)
     return [
-        {"kind": kind, "instructions": len(sizes), "bytes": sum(sizes)}
-        for kind, sizes in sorted(found.items())
+        {"kind": kind, "instructions": len(each), "bytes": sum(each)}
+        for kind, each in sorted(sizes.items())
     ]
 
 
@@ -265,7 +244,7 @@ def measure_case(case: Case, plan: Plan) -> dict[str, Any]:
             "tokens_per_second": case.tokens / timing.median,
             "peak_bytes": step.peak_bytes(),
             "device_peak_bytes": _device_peak(case.devices),
-            "collectives": collectives(step.compiled.as_text() or ""),
+            "collectives": _by_kind(step.compiled.as_text() or ""),
             "collective_seconds": _or_none(lambda: collective_times(step.run)),
         }
     # Whatever a compiler, a driver or NCCL raises is a result to show.

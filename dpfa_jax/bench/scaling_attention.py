@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from dpfa_jax import keys
 from dpfa_jax.attention import dp_dot_product_attention
 from dpfa_jax.attention_privacy import AttentionPrivacy
 from dpfa_jax.bench.files import write_json
+from dpfa_jax.bench.hlo import collectives
 from dpfa_jax.bench.timing import (
     BenchError,
     Plan,
@@ -38,10 +38,6 @@ from dpfa_jax.parallel import dp_sequence_parallel_attention
 
 KEYS = (65_536, 262_144, 1_048_576)
 DEVICES = (1, 2, 4, 8)
-_COLLECTIVES = re.compile(
-    r"= \(?(\w+)\[([\d,]*)\].* (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
-    r"(?:-start)?\("
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +87,11 @@ def _arrays(shape: Shape, mesh: Mesh) -> tuple[jax.Array, ...]:
     return tuple(made)
 
 
-def collectives(hlo: str) -> dict[str, list[int]]:
-    """Bytes of the result of each collective in a compiled program, by kind.
-
-    Example:
-        >>> collectives("  x = s32[1,64,2]{2,1,0} reduce-scatter(y), channel_id=1")
-        {'reduce-scatter': [512]}
-    """
+def _by_kind(text: str) -> dict[str, list[int]]:
+    """Bytes of the result of each collective in a compiled program, by kind."""
     found: dict[str, list[int]] = {}
-    for dtype, shape, kind in _COLLECTIVES.findall(hlo):
-        width = int(re.sub(r"\D", "", dtype) or 8) // 8
-        size = int(np.prod([int(n) for n in shape.split(",") if n], dtype=np.int64)) * width
-        found.setdefault(kind, []).append(size)
+    for sent in collectives(text):
+        found.setdefault(sent.kind, []).append(sent.bytes)
     return found
 
 
@@ -129,7 +118,7 @@ def _prepare(
     compiled = run.lower(query, key, value, rng).compile()
     memory = compiled.memory_analysis()
     facts = {
-        "collectives": collectives(compiled.as_text() or ""),
+        "collectives": _by_kind(compiled.as_text() or ""),
         "temporary_bytes": None if memory is None else int(memory.temp_size_in_bytes),
     }
     out = compiled(query, key, value, rng)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Key, PyTree
 
 from dpfa_jax import keys
 from dpfa_jax.optim.noise import grid_spacing, inflated_sum_std, noise_std
+from dpfa_jax.parallel.axes import AxisNames, whole_sum
 
 
 class MakePrivatizer(Protocol):
@@ -28,6 +29,7 @@ def privatizer_noise(
     rng: Key[Array, ""] | keys.SecureKey,
     *,
     adjacency: str = "add_remove",
+    axis_name: AxisNames | None = None,
 ) -> optax.GradientTransformation:
     """Optax: a clipped **sum** in, a private mean out, with a privatizer's noise between.
 
@@ -50,10 +52,12 @@ def privatizer_noise(
         expected_batch_size: the public divisor.
         rng: a key for this transformation alone.
         adjacency: ``'add_remove'`` or ``'replace_one'``.
+        axis_name: inside ``shard_map`` and ``pmap``, over which axes each device's sums are
+            still to be added up, as for ``add_noise``.
 
     Raises:
         ValueError: for a missing or unsuited key, a number that is not allowed, or what is not
-            an ``optax.GradientTransformation``.
+            an ``optax.GradientTransformation``; in the update for a sum of one device alone.
 
     Example:
         >>> from dpfa_jax import SecureKey
@@ -71,7 +75,8 @@ def privatizer_noise(
     if not std:
         raise ValueError("noise_multiplier=0: a privatizer without noise; allowed is above 0.")
     sum_std = inflated_sum_std(std, expected_batch_size)
-    inner = make_privatizer(stddev=sum_std, prng_key=keys.take_key(rng), dtype=jnp.float32)
+    key = keys.take_key(rng)
+    inner = make_privatizer(stddev=sum_std, prng_key=key, dtype=jnp.float32)
     if not isinstance(inner, optax.GradientTransformation):
         raise ValueError(
             f"make_privatizer returned a {type(inner).__name__}: an "
@@ -81,6 +86,7 @@ def privatizer_noise(
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         whole = jax.tree.map(lambda x: x.astype(jnp.float32), updates)
+        whole = whole_sum(whole, key, axis_name, None)
         noisy, state = inner.update(whole, state, params)
 
         def mean(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -76,7 +76,8 @@ def whole_sum(
 
     Raises:
         ValueError: outside ``shard_map`` and ``pmap`` with an ``axis_name``, for an axis that is
-            not there, and inside them where a sum is not over all devices or cannot be told.
+            not there, and inside them where a sum is not over all devices or cannot be told, or
+            ``specs`` split what is the same on all devices (which each would release).
     """
     names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
     manual = manual_axes()
@@ -91,6 +92,14 @@ def whole_sum(
             raise ValueError("specs: allowed inside shard_map only; jit finds them by itself.")
         return updates
     leaves, structure = jax.tree.flatten(updates)
+    given = [PartitionSpec()] * len(leaves) if specs is None else specs
+    splits = [_axes_of(spec) for spec in given]
+    if both := sorted(set(names) & frozenset().union(*splits)):
+        raise ValueError(
+            f"specs: a sum is split along {both}, and axis_name={axis_name!r} adds it up along the "
+            "same, after which every device would release the whole with noise of its own. "
+            "Allowed are different axes; jax.lax.psum_scatter adds up and splits."
+        )
     if not all(types_tell(axis) for axis in manual):
         if axis_name is None:
             raise ValueError(
@@ -105,9 +114,15 @@ def whole_sum(
             "add noise of its own to the same sum. All devices need the same key."
         )
     else:
-        for n, x in enumerate(leaves):
-            split = _axes_of(specs[n]) if specs is not None else frozenset()
+        for split, x in zip(splits, leaves, strict=True):
             differs = varying_axes(x)
+            whole = sorted(a for a in split - differs if jax.lax.axis_size(a) > 1)
+            if whole:
+                raise ValueError(
+                    f"specs: a sum is the same along {whole}, not split, so every device would "
+                    "release it with noise of its own. Allowed are the axes along which each "
+                    "device has a part."
+                )
             done = sorted(set(names) - differs)
             if done:
                 raise ValueError(

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpfa_jax import SecureKey, add_noise, clipped_grad
 from dpfa_jax.bench import decoder
-from dpfa_jax.bench.scaling import collectives
+from dpfa_jax.bench.hlo import collectives
 from dpfa_jax.optim import dp_adamw
 from dpfa_jax.parallel.mesh import fsdp_shardings, gathered, replicated
 
@@ -78,7 +78,7 @@ def test_no_chip_holds_all_parameters():
     kept = [c.memory_analysis().argument_size_in_bytes for c in (whole, split)]
     assert kept[0] > 12 * count
     assert kept[1] < 1.1 * kept[0] / 4
-    sent = {c["kind"]: c for c in collectives(split.as_text())}
+    sent = {c.kind for c in collectives(split.as_text())}
     assert "all-gather" in sent
     # Of float32 arrays with two axes, none is a gradient or noise of a whole leaf after the
     # reduction: what reduces gives each chip its part.
@@ -90,7 +90,7 @@ def test_data_parallel_sends_the_sum_once():
     count = sum(x.size for x in jax.tree.leaves(params))
     text = whole.as_text()
     sent = collectives(text)
-    assert {c["kind"] for c in sent} == {"all-reduce"}
+    assert {c.kind for c in sent} == {"all-reduce"}
     # Once in each of the two programs (all examples finite, or not) of which one runs.
-    assert sent[0]["bytes"] <= 2 * 4 * count + 64
+    assert sum(c.bytes for c in sent) <= 2 * 4 * count + 64
     assert not re.search(r"all-gather|all-to-all", text)

@@ -7,7 +7,7 @@ import pytest
 
 from dpfa_jax import keys
 from dpfa_jax.bench import scaling_attention
-from dpfa_jax.bench.scaling_attention import Shape, collectives, measure_shape
+from dpfa_jax.bench.scaling_attention import Shape, measure_shape
 from dpfa_jax.bench.timing import BenchError, Plan
 
 SMALL = Shape(8, 600, 1, 8, "float32")
@@ -44,12 +44,3 @@ def test_main_writes_every_sample(tmp_path, monkeypatch, capsys):
     found = json.loads(path.read_text())
     assert found["device"] == jax.devices()[0].device_kind
     assert [row["devices"] for row in found["rows"]] == [1]
-
-
-def test_collectives_are_counted_with_their_bytes():
-    hlo = """
-  %a = s32[1,64,2]{2,1,0} reduce-scatter(%x), channel_id=1
-  %b = (bf16[8,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%y), channel_id=2
-  %c = f32[] add(%all-reduce, %z)
-"""
-    assert collectives(hlo) == {"reduce-scatter": [512], "all-gather": [64]}

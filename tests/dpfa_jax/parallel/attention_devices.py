@@ -6,7 +6,6 @@ go to standard output as JSON.
 
 import functools
 import json
-import re
 import sys
 import time
 import traceback
@@ -20,13 +19,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpfa_jax import AttentionPrivacy, dp_dot_product_attention, keys
+from dpfa_jax.bench import hlo
 from dpfa_jax.parallel import attention, attention_parts, dp_sequence_parallel_attention
 from pallas_kernels import attention as kernels
 from pallas_kernels.attention import AttentionSpec, common
 
 COUNTS = (1, 2, 4, 8)
 KEY = keys.reproducible_key(6)
-KINDS = r"all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
 MODES = {
     "record": {
         "value_clip": 1.0, "logit_bound": 1.0, "numerator_std": 0.5, "denominator_std": 0.5,
@@ -59,7 +58,7 @@ def mesh_of(axis_type=AxisType.Auto, **axes):
 
 
 def collectives(compiled):
-    return re.findall(rf" ({KINDS})(?:-start)?\(", compiled.as_text())
+    return [sent.kind for sent in hlo.collectives(compiled.as_text())]
 
 
 def same(first, second):

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpfa_jax import add_noise, clipped_grad, dp_aggregate, keys
+from dpfa_jax.bench import hlo
 from dpfa_jax.clipping.adaptive import adaptive_clipped_grad
 from dpfa_jax.optim import dp_adamw, noise_std
 from pallas_kernels import prng
@@ -317,22 +318,9 @@ def same_training():
     return found
 
 
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)"
-    r"(?:-start)?\("
-)
-
-
 def collectives(compiled):
     """``[[kind, elements], ...]`` of the program of one device, each instruction once."""
-    found = []
-    for line in compiled.as_text().splitlines():
-        match = COLLECTIVE.search(re.sub(r"/\*.*?\*/", "", line))
-        if match:
-            shapes = re.findall(r"[a-z0-9]+\[([0-9,]*)\]", match[1])
-            sizes = [int(np.prod([int(n) for n in s.split(",") if n] or [1])) for s in shapes]
-            found.append([match[2], sum(sizes)])
-    return found
+    return [[sent.kind, sent.elements] for sent in hlo.collectives(compiled.as_text())]
 
 
 @check

@@ -29,17 +29,17 @@ def free_port():
         return made.getsockname()[1]
 
 
-def options(count, port, number):
-    text = f"--mesh data={count} --coordinator localhost:{port}"
+def options(mesh, count, port, number):
+    text = f"--mesh {mesh} --coordinator localhost:{port}"
     return f"{text} --processes {count} --process-id {number}".split()
 
 
-def start(path, run_dir, count=2):
+def start(path, run_dir, mesh="data=2", count=2):
     port = free_port()
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
     return [
         subprocess.Popen(
-            [*COMMAND, str(path), "--run-dir", str(run_dir), *options(count, port, i)],
+            [*COMMAND, str(path), "--run-dir", str(run_dir), *options(mesh, count, port, i)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -117,6 +117,28 @@ def test_two_processes_train_as_one_and_survive_being_killed(tmp_path):
     assert all(abs(losses[step] - loss) < 2e-3 for step, loss in shown.items())
     kept = json.loads((run_dir / "report.json").read_text())["history"]
     assert all(abs(losses[h["step"]] - h["validation_loss"]) < 1e-4 for h in kept[: len(shown)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("_as_in_a_process")
+def test_four_processes_split_batch_and_matrices(tmp_path):
+    """The same run as one process alone: the parameters' last dimension is split in two."""
+    table = small(training__steps=3, training__checkpoint_every=1, privacy__reproducible_seed=5)
+    path, config = tmp_path / "config.toml", parse_config(table)
+    path.write_text(to_toml(table))
+    group = start(path, tmp_path / "run", "data=2,model=2", 4)
+    texts = [process.communicate(timeout=300)[0] for process in group]
+    assert [process.returncode for process in group] == [0] * 4, texts
+    assert not any(LINE.search(text) for text in texts[1:])  # one of them speaks
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    alone = loop.run(config, tmp_path / "alone")
+    assert report["steps_charged"] == alone["steps_charged"] == 3
+    losses = {h["step"]: h["validation_loss"] for h in alone["history"]}
+    assert {h["step"] for h in report["history"]} == set(losses)
+    assert all(abs(losses[h["step"]] - h["validation_loss"]) < 1e-4 for h in report["history"])
+    charges, _ = state_of(tmp_path / "run", config.fingerprint)
+    assert [c.released for c in charges] == [True] * 3
 
 
 def test_what_starts_processes_is_checked():

@@ -6,14 +6,44 @@ kernel on the examples it has, and nothing is sent.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+
+# JAX has no public way to read what the partitioner says; custom_partitioning does it so too.
+from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels.manual import without_types
+
+
+def spec_of(sharding: Any, mesh: Any) -> PartitionSpec:
+    """Where the axes of an undecoded sharding lie; nowhere if it splits an axis of the mesh itself.
+
+    The partitioner does that to sizes that a mesh axis does not divide.
+    """
+    try:
+        return PartitionSpec(*parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0])
+    except (AssertionError, IndexError, NotImplementedError, ValueError):
+        return PartitionSpec()
+
+
+def whole_parts(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> tuple[Any, ...]:
+    """The mesh axes of each of the array's axes; None for one that they do not divide.
+
+    What the partitioner fills a last part up with is no zero, but whatever was there: in a
+    slice, the rows that were cut off.
+    """
+
+    def size(names: Any) -> int:
+        every = () if names is None else names if isinstance(names, tuple) else (names,)
+        return math.prod(mesh.shape[n] for n in every)
+
+    named = (*spec, *[None] * (len(shape) - len(spec)))
+    return tuple(None if n % size(x) else x for n, x in zip(shape, named, strict=True))
 
 
 def by_batch(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,8 +76,9 @@ def split_by_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return kernel(*operands)
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
-        first = jax.tree.leaves(results)[0].sharding.spec
-        rows = NamedSharding(mesh, PartitionSpec(first[0] if len(first) else None))
+        first = jax.tree.leaves(results)[0]
+        batch = whole_parts(spec_of(first.sharding, mesh), first.shape, mesh)[0]
+        rows = NamedSharding(mesh, PartitionSpec(batch))
         return mesh, kernel, jax.tree.map(lambda _: rows, results), (rows,) * len(arguments)
 
     def rule(mesh: Any, operands: Any, results: Any) -> SdyShardingRule:
@@ -63,7 +94,7 @@ def split_by_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return SdyShardingRule(given, made, need_replication_factors=rest)
 
     operation = custom_partitioning(whole)
-    operation.def_partition(partition=partition, sharding_rule=rule)
+    operation.def_partition(partition=partition, decode_shardings=False, sharding_rule=rule)
 
     def run(*operands: jax.Array) -> Any:
         if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
@@ -102,16 +133,16 @@ def split_and_add(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return kernel(rows, weights)
 
     def partition(mesh: Any, arguments: Any, result: Any) -> Any:
-        rows = arguments[0].sharding.spec
-        batch = rows[0] if len(rows) else None
+        given = arguments[0]
+        batch, *dims = whole_parts(spec_of(given.sharding, mesh), given.shape, mesh)
 
         def part(rows: jax.Array, weights: jax.Array) -> jax.Array:
             own = kernel(rows, weights)
             return own if batch is None else jax.lax.psum(own, batch)
 
-        own = PartitionSpec(batch, *rows[1:]), PartitionSpec(batch), PartitionSpec(*rows[1:])
-        *given, made = (NamedSharding(mesh, spec) for spec in own)
-        return mesh, part, made, tuple(given)
+        own = PartitionSpec(batch, *dims), PartitionSpec(batch), PartitionSpec(*dims)
+        *operands, made = (NamedSharding(mesh, spec) for spec in own)
+        return mesh, part, made, tuple(operands)
 
     def rule(mesh: Any, operands: Any, results: Any) -> SdyShardingRule:
         dims = [f"d{n}" for n in range(len(operands[0].shape) - 1)]
@@ -119,7 +150,7 @@ def split_and_add(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return SdyShardingRule(given, (ArrayMapping(*dims),), reduction_factors=("batch",))
 
     operation = custom_partitioning(whole)
-    operation.def_partition(partition=partition, sharding_rule=rule)
+    operation.def_partition(partition=partition, decode_shardings=False, sharding_rule=rule)
 
     def run(rows: jax.Array, weights: jax.Array) -> jax.Array:
         if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:

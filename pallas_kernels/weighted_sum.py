@@ -9,6 +9,7 @@ import math
 from typing import Any, Literal
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -80,8 +81,16 @@ def weighted_sum(
 
 @functools.cache
 def _split(interpret: bool) -> Any:
-    """The kernel, for rows that may lie on several devices."""
-    return partition.split_and_add(functools.partial(_triton, interpret=interpret))
+    """The kernel, for rows that may lie on several devices; under ``vmap`` it is XLA's sum."""
+    split = partition.split_and_add(functools.partial(_triton, interpret=interpret))
+    run = jax.custom_batching.custom_vmap(split)
+
+    @run.def_vmap  # type: ignore[untyped-decorator]
+    def _(_: int, batched: list[bool], rows: jax.Array, weights: jax.Array) -> tuple[Any, bool]:
+        axes = [0 if b else None for b in batched]
+        return jax.vmap(functools.partial(_xla, all_finite=False), axes)(rows, weights), True
+
+    return run
 
 
 def _xla(rows: jax.Array, weights: jax.Array, all_finite: bool) -> jax.Array:

@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool
 
 from dpfa_jax.clipping import engines, explain, vmap
 from dpfa_jax.clipping.arguments import Arguments, split_arguments
-from dpfa_jax.clipping.microbatch import in_microbatches
+from dpfa_jax.clipping.microbatch import in_microbatches, parts_of
 from dpfa_jax.clipping.plan import Plan, make_plan
+from dpfa_jax.clipping.trace import float_dtypes, is_narrow
 from dpfa_jax.clipping.tree import Clip, check_clip_norm
 from dpfa_jax.clipping.verify import check_against_single_calls
 from dpfa_jax.mechanisms import gradient_sensitivity
@@ -170,11 +171,20 @@ class ClippedGrad:
 
     def _decide(self, split: Arguments) -> tuple[str, str, Plan]:
         plan = make_plan(split.trace(), split.leaf_shapes)
+        narrow = sorted(d.name for d in float_dtypes(plan.trace.jaxpr) if is_narrow(d))
+        if self.engine == "two_pass" and narrow:
+            raise ValueError(
+                f"engine='two_pass': the loss computes in {narrow[0]}, in which small gradients "
+                "would be rounded differently in the second pass than in the first, which "
+                "measured them. Allowed are 'auto', 'bookkeeping', 'per_layer' and 'vmap'."
+            )
         if self.engine != "auto":
             return self.engine, "asked for", plan
         groups = len(set(self._clip(split).groups))
-        memory = explain.device_memory()
-        return *explain.choose(plan, self._together(split), groups, memory), plan
+        memory = None if narrow else explain.device_memory()
+        # Of one device, as the memory is.
+        own = -(-self._together(split) // parts_of(self.batch_sharding))
+        return *explain.choose(plan, own, groups, memory), plan
 
     def _engine(self, split: Arguments) -> Callable[..., tuple[list[Array], Any]]:
         """``(batch, padding, clip, start) -> (sums, (aux, norms))`` of the engine that runs."""

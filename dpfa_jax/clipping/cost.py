@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dpfa_jax.clipping.recognise import Site
+from dpfa_jax.clipping.trace import inner_jaxprs
 
 FLOAT32 = 4
 
@@ -165,9 +166,5 @@ def loss_seconds(jaxpr: Any, machine: Machine, times: int = 1) -> float:
             kernel, out = eqn.invars[1].aval, eqn.outvars[0].aval
             features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += machine.multiply(float(times * out.size * kernel.size / features), out.dtype)
-        for param in eqn.params.values():
-            for found in param if isinstance(param, tuple | list) else [param]:
-                body = getattr(found, "jaxpr", found)
-                if hasattr(body, "eqns"):
-                    total += loss_seconds(body, machine, inner)
+        total += sum(loss_seconds(body, machine, inner) for body in inner_jaxprs(eqn))
     return total

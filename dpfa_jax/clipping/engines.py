@@ -31,6 +31,7 @@ from dpfa_jax.clipping.sites import (
     squared_norms,
     weighted_products,
 )
+from dpfa_jax.clipping.trace import float_dtypes
 from dpfa_jax.clipping.tree import Clip, onto, squared_norm
 from pallas_kernels.weighted_sum import weighted_sum
 
@@ -166,10 +167,13 @@ def two_pass(
     clip: Clip,
     start: Sums | None = None,
 ) -> tuple[Sums, Outputs]:
-    """Norms first; then a second pass over the losses, each times its factor."""
-    clip = _short_margin(plan, clip)
-    # The second pass rounds its cotangents anew.
-    clip = dataclasses.replace(clip, margin=max(clip.margin, 2.0**-12))
+    """Norms first; then a second pass, whose products are summed times their factors.
+
+    The factors are not put into the cotangents: what is summed is rounded as what was measured.
+    """
+    # The second pass may round anew, wherever it rounds.
+    rounding = [float(jnp.finfo(d).eps) / 2 for d in float_dtypes(plan.trace.jaxpr)]
+    clip = dataclasses.replace(clip, margin=max(clip.margin, 2.0**-12, *rounding))
     sites = _sites(plan, plan.of_form("gram"))
     readings = read(plan.trace, sites, plan.of_form("materialised"), leaves, batch)
     squares = _squares(plan, _groups(plan, sites, readings), readings.gradients, padding.size)
@@ -181,10 +185,10 @@ def two_pass(
     recognised = sorted(plan.recognised)
     rest = [i for i in plan.of_form("materialised") if i not in plan.recognised]
     sites = _sites(plan, recognised)
-    second = read(plan.trace, sites, rest, leaves, clean, seed=weight)
-    sums = {leaf: jnp.sum(g, axis=0, dtype=jnp.float32) for leaf, g in second.gradients.items()}
+    second = read(plan.trace, sites, rest, leaves, clean)
+    sums = {leaf: weighted_sum(g, weight) for leaf, g in second.gradients.items()}
     for group in _groups(plan, sites, second):
-        more = weighted_products(group.site, group.blocks, None)
+        more = weighted_products(group.site, group.blocks, weight)
         sums[group.leaf] = sums[group.leaf] + more if group.leaf in sums else more
     some = jnp.any(keep)
     full = [

@@ -44,7 +44,7 @@ def in_microbatches(
     size = min(size or count, count)
     if size == count:
         return part(list(batch), is_padding_example, None)
-    parts = 1 if sharding is None else _parts(sharding)
+    parts = parts_of(sharding)
     if size % parts or count % parts:
         raise ValueError(
             f"microbatch_size={size} of a batch of {count}: allowed are multiples of {parts}, the "
@@ -100,7 +100,10 @@ def _rows(sharding: NamedSharding) -> tuple[str, ...]:
     return () if first is None else (first,) if isinstance(first, str) else tuple(first)
 
 
-def _parts(sharding: NamedSharding) -> int:
+def parts_of(sharding: NamedSharding | None) -> int:
+    """Over how many devices a batch is split."""
+    if sharding is None:
+        return 1
     return math.prod(sharding.mesh.shape[axis] for axis in _rows(sharding))
 
 

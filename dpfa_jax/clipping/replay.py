@@ -62,7 +62,6 @@ def read(
     materialised: Sequence[int],
     leaves: Sequence[Any],
     batch: Sequence[Any],
-    seed: jax.Array | None = None,
 ) -> Readings:
     """One forward and backward pass over a batch, one example at a time under ``vmap``.
 
@@ -72,7 +71,6 @@ def read(
         materialised: leaves whose per-example gradients to form.
         leaves: the trainable leaves.
         batch: the examples' leaves, each with a leading batch axis.
-        seed: [batch], the cotangents of the losses; None means ones.
     """
     paths = {site.path: number for number, site in enumerate(sites)}
     axes = manual.varying_axes(*leaves, *batch)
@@ -81,7 +79,7 @@ def read(
         for n, s in enumerate(sites)
     }
 
-    def one(example: list[Any], seed: Any) -> Readings:
+    def one(example: list[Any]) -> Readings:
         def loss(probes: Numbered, chosen: Numbered) -> tuple[jax.Array, Any]:
             values = [chosen.get(i, x) for i, x in enumerate(leaves)]
             outputs, operands = replay(
@@ -91,12 +89,10 @@ def read(
 
         chosen = {i: jnp.asarray(leaves[i]) for i in materialised}
         value, pull, (operands, aux) = jax.vjp(loss, probes, chosen, has_aux=True)
-        start = jnp.ones_like(value) if seed is None else seed.astype(value.dtype)
-        cotangents, gradients = pull(start)
+        cotangents, gradients = pull(jnp.ones_like(value))
         return Readings(operands, cotangents, gradients, aux)
 
-    in_axes = (0, None if seed is None else 0)
-    return jax.vmap(one, in_axes=in_axes)(list(batch), seed)
+    return jax.vmap(one)(list(batch))
 
 
 class _Sites:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from dpfa_jax.clipping.recognise import Axes, Site
+from dpfa_jax.clipping.trace import is_narrow
 from dpfa_jax.clipping.tree import squared_norm
 from dpfa_jax.clipping.views import to_leaf
 from pallas_kernels.grad_norm import (
@@ -282,7 +283,7 @@ def weighted_products(
         if factor is not None:
             # The narrower side is scaled: less to write.
             index_first = a.is_index or (not b.is_index and a.width > b.width)
-            a, b = (a, _scaled(b, factor)) if index_first else (_scaled(a, factor), b)
+            a, b = (a, _scaled(b, factor, a)) if index_first else (_scaled(a, factor, b), b)
         if a.is_index or b.is_index:
             total = total + _scatter(a, b, stack)
         else:
@@ -301,9 +302,14 @@ def weighted_products(
     return to_leaf(total, site.view.steps, len(lead))
 
 
-def _scaled(x: Factor, factor: jax.Array) -> Factor:
+def _scaled(x: Factor, factor: jax.Array, other: Factor) -> Factor:
+    """The rows times their factors; in their own dtype where matrix units then take both sides.
+
+    Not in float16: there a small number's rounding is no share of it, and no margin covers it.
+    """
     rows = x.rows.astype(jnp.float32) * factor[:, None, None, None]
-    return Factor(rows.astype(x.rows.dtype), x.width)
+    short = x.rows.dtype == other.rows.dtype and not is_narrow(x.rows.dtype)
+    return Factor(rows.astype(x.rows.dtype) if short else rows, x.width)
 
 
 def _scatter(a: Factor, b: Factor, stack: int) -> Float32[Array, "s a b"]:

@@ -8,11 +8,13 @@ automatic differentiation: a leaf is never left out.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
 
 from dpfa_jax.clipping.recognise import SITE_OPS, VIEW_OPS, Path, Site
 from dpfa_jax.clipping.views import View
@@ -59,6 +61,29 @@ def checked_jaxpr(
                 "batch. It must be a function of the parameters and one example."
             )
     return jaxpr
+
+
+def inner_jaxprs(eqn: Any) -> Iterator[Any]:
+    """The programs that an equation runs."""
+    for param in eqn.params.values():
+        for found in param if isinstance(param, tuple | list) else [param]:
+            body = getattr(found, "jaxpr", found)
+            if hasattr(body, "eqns"):
+                yield body
+
+
+def float_dtypes(jaxpr: Any) -> frozenset[np.dtype[Any]]:
+    """In which a program computes, what it calls included."""
+    variables = [*jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)]
+    dtypes = {getattr(v.aval, "dtype", None) for v in variables}
+    own = {np.dtype(d) for d in dtypes if d is not None and jnp.issubdtype(d, jnp.floating)}
+    inner = (float_dtypes(body) for eqn in jaxpr.eqns for body in inner_jaxprs(eqn))
+    return frozenset(own).union(*inner)
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Whether a float's range ends early: its rounding of small numbers is relative to none."""
+    return bool(jnp.finfo(dtype).smallest_normal > 1e-30)
 
 
 def find_sites(jaxpr: Any, leaves: int) -> Trace:

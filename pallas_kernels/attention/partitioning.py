@@ -12,11 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-# JAX has no public way to read what the partitioner says; custom_partitioning does it so too.
-from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels.partition import spec_of
 
 # The axes of what kernels take and give: batch, query heads, key heads; what is not in here
 # stays whole on each device. Factors of values come as one array or as two, None as none.
@@ -146,7 +145,8 @@ def _shardings(
     arrays: Sequence[Any],
 ) -> tuple[tuple[NamedSharding, ...], ...]:
     """Which parts of operands and of results each device has."""
-    found = [_spec(x.sharding, mesh) for x in arrays]
+    # A mesh axis is split itself where more devices share the query heads than there are key heads.
+    found = [spec_of(x.sharding, mesh) for x in arrays]
 
     def of(letters: str) -> Any:
         """The mesh axes of the first axis so named that has any."""
@@ -171,14 +171,3 @@ def _shardings(
         tuple(NamedSharding(mesh, PartitionSpec(*map(where.get, pattern))) for pattern in side)
         for side in axes
     )
-
-
-def _spec(sharding: Any, mesh: Any) -> PartitionSpec:
-    """Where an operand's axes lie; nowhere, if the partitioner split an axis of the mesh itself.
-
-    It does so where more devices share the query heads than there are key heads.
-    """
-    try:
-        return PartitionSpec(*parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0])
-    except (AssertionError, IndexError, NotImplementedError, ValueError):
-        return PartitionSpec()

@@ -18,6 +18,7 @@ from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, 
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt32
 
+from pallas_kernels.partition import spec_of
 from pallas_kernels.prng.normal import STREAM_TILE
 from pallas_kernels.prng.streams import Nonce, normal_streams
 
@@ -145,11 +146,11 @@ def _normals_like(nonces: tuple[Nonce, ...]) -> Any:
         return local_normals(key_words, shapes, nonces, [None] * len(shapes), {})
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
-        shardings = [r.sharding for r in results]
+        specs = [spec_of(r.sharding, mesh) for r in results]
+        shardings = [NamedSharding(mesh, spec) for spec in specs]
         shapes = [a.shape for a in arguments[1:]]
 
         def local(key_words: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
-            specs = [s.spec for s in shardings]
             return local_normals(key_words, shapes, nonces, specs, dict(mesh.shape))
 
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -164,7 +165,7 @@ def _normals_like(nonces: tuple[Nonce, ...]) -> Any:
         )
 
     operation = custom_partitioning(whole)
-    operation.def_partition(partition=partition, sharding_rule=rule)
+    operation.def_partition(partition=partition, decode_shardings=False, sharding_rule=rule)
 
     # Under vmap nothing is split: the lanes are made as one device makes them.
     # The outer jit is for arrays outside of any: it is what splits them.

@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from dpfa_jax import add_noise, clipped_grad, dp_aggregate, keys
 from dpfa_jax.bench import hlo
 from dpfa_jax.clipping.adaptive import adaptive_clipped_grad
-from dpfa_jax.optim import dp_adamw, noise_std
-from pallas_kernels import prng
+from dpfa_jax.optim import dp_adamw, noise_std, privatizer_noise
+from pallas_kernels import partition, prng
 from pallas_kernels.weighted_sum import weighted_sum
 
 CHECKS = {}
@@ -363,6 +363,21 @@ def refusal(function, *arguments):
     return None
 
 
+def white(*, stddev, prng_key, dtype):
+    """A privatizer of independent noise."""
+
+    def update(updates, state, params=None):
+        del params
+        leaves, tree = jax.tree.flatten(updates)
+        noise = [
+            stddev * jax.random.normal(jax.random.fold_in(prng_key, n), x.shape, dtype)
+            for n, x in enumerate(leaves)
+        ]
+        return tree.unflatten([x + g for x, g in zip(leaves, noise, strict=True)]), state
+
+    return optax.GradientTransformation(lambda params: (), update)
+
+
 @check
 def refused():
     """What each wrong use says."""
@@ -404,6 +419,12 @@ def refused():
         grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(own, tokens)
         return tx.update(grads, tx.init(params))[0]
 
+    other = privatizer_noise(white, 0.5, 1.0, 8.0, keys.reproducible_key(10))
+
+    def privatized(params, tokens, padding):
+        total = gradient()(params, tokens, is_padding_example=padding)
+        return other.update(total, other.init(params))[0]
+
     return {
         "one device's sum": refusal(mapped(step(noise())), *args),
         "one device's sum, dp_aggregate": refusal(mapped(aggregate), *args),
@@ -414,6 +435,12 @@ def refused():
         "no such axis": refusal(jax.jit(step(noise(axis_name="data"))), *args),
         "specs under jit": refusal(jax.jit(step(noise(specs=FSDP))), *args),
         "specs of another tree": refusal(mapped(step(noise(specs=[P()]), total)), *args),
+        "specs of a whole sum": refusal(mapped(step(noise(specs=FSDP), total)), *args),
+        "specs and a sum along one axis": refusal(
+            mapped(step(noise(specs=FSDP, axis_name="data")), checks=False), *args
+        ),
+        "one device's sum, privatizer": refusal(mapped(privatized), *args),
+        "one device's sum, privatizer, types off": refusal(mapped(privatized, checks=False), *args),
         "mixed axes": refusal(
             jax.jit(step(noise())),
             *placed(
@@ -512,6 +539,48 @@ def weighted_sums():
             far = np.abs(got - wanted).max()
             found[f"{kind.name}, {tuple(spec)}"] = [far, collectives(compiled)]
     return found
+
+
+@check
+def slices():
+    """How far off kernels are that take a slice of what is split: a count the mesh does not divide.
+
+    The partitioner fills the last parts up with what was cut off.
+    """
+    rng = np.random.default_rng(0)
+    rows, weights = rng.standard_normal((16, 24)), rng.uniform(size=16)
+    given = placed((np.float32(rows), np.float32(weights)), mesh(8), (P("data"), P("data")))
+
+    def total(rows, weights):
+        return weighted_sum(rows, weights, implementation="triton", interpret=True)
+
+    def in_parts(rows, weights):
+        # As microbatches of 12 are made of 16: the last is filled up.
+        parts = [
+            jnp.concatenate([x, jnp.repeat(x[:1], 8, axis=0)]).reshape(2, 12, *x.shape[1:])
+            for x in (rows, weights.at[0].set(0.0))
+        ]
+        return jnp.sum(jax.lax.map(lambda p: total(*p), tuple(parts)), axis=0)
+
+    norms = partition.split_by_batch(lambda x: jnp.sum(jnp.square(x), axis=1))
+    cases = {
+        "weighted sum": (lambda x, w: total(x[:13], w[:13]), weights[:13] @ rows[:13]),
+        "weighted sum, columns": (
+            lambda x, w: total(jax.lax.with_sharding_constraint(x.T, P("data"))[:, :13].T, w[:13]),
+            weights[:13] @ rows[:13],
+        ),
+        "weighted sum in parts": (in_parts, weights[1:] @ rows[1:]),
+        "norms": (lambda x, w: norms(x[:13]), np.square(rows[:13]).sum(1)),
+        "norms in parts": (
+            lambda x, w: jax.lax.map(norms, jnp.concatenate([x, x[:8]]).reshape(2, 12, 24)),
+            np.square(np.concatenate([rows, rows[:8]])).sum(1).reshape(2, 12),
+        ),
+    }
+    with jax.set_mesh(mesh(8)):
+        return {
+            name: float(np.abs(np.asarray(jax.jit(run)(*given), np.float64) - want).max())
+            for name, (run, want) in cases.items()
+        }
 
 
 def main():

@@ -95,6 +95,10 @@ REFUSALS = {
     "no such axis": "no such axis here",
     "specs under jit": "specs: allowed inside shard_map only",
     "specs of another tree": "a tree of PartitionSpec like the updates",
+    "specs of a whole sum": "specs: a sum is the same along",
+    "specs and a sum along one axis": "specs: a sum is split along",
+    "one device's sum, privatizer": "it is one device's part",
+    "one device's sum, privatizer, types off": "types do not tell here",
     "mixed axes": "all Auto or all Explicit",
 }
 
@@ -114,6 +118,12 @@ def test_the_variance_is_that_of_one_release(found):
     assert abs(scores["shard_map"]) < 5
     assert scores["planted: every device"] > 1000
     assert scores["planted: every device, keys of their own"] > 1000
+
+
+def test_kernels_take_slices_of_what_is_split(found):
+    distances = of(found, "slices")
+    assert len(distances) == 5
+    assert [name for name, far in distances.items() if not far < 1e-5] == []
 
 
 def test_weighted_sums_add_what_each_device_has(found):

@@ -91,7 +91,7 @@ def test_two_processes_train_as_one_and_survive_being_killed(tmp_path):
     assert "Nothing was released after the last checkpoint" in texts[0]
     charges, last = state_of(run_dir, config.fingerprint)
     # Nothing was released without its charge, and at most the block under way was not released.
-    assert [c.released for c in charges[:last]] == [True] * len(charges[:last])
+    assert [c.released for c in charges[:last]] == [True] * last
     assert last <= len(charges) <= last + 1
 
     more, texts, codes = kill_after(start(path, run_dir), victim=0, lines=2)
@@ -124,7 +124,7 @@ def test_two_processes_train_as_one_and_survive_being_killed(tmp_path):
 @pytest.mark.usefixtures("_as_in_a_process")
 def test_four_processes_split_batch_and_matrices(tmp_path):
     """The same run as one process alone: the parameters' last dimension is split in two."""
-    table = small(training__steps=3, training__checkpoint_every=1, privacy__reproducible_seed=5)
+    table = small(training__steps=2, training__checkpoint_every=1, privacy__reproducible_seed=5)
     path, config = tmp_path / "config.toml", parse_config(table)
     path.write_text(to_toml(table))
     group = start(path, tmp_path / "run", "data=2,model=2", 4)
@@ -133,12 +133,47 @@ def test_four_processes_split_batch_and_matrices(tmp_path):
     assert not any(LINE.search(text) for text in texts[1:])  # one of them speaks
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     alone = loop.run(config, tmp_path / "alone")
-    assert report["steps_charged"] == alone["steps_charged"] == 3
+    assert report["steps_charged"] == alone["steps_charged"] == 2
     losses = {h["step"]: h["validation_loss"] for h in alone["history"]}
     assert {h["step"] for h in report["history"]} == set(losses)
     assert all(abs(losses[h["step"]] - h["validation_loss"]) < 1e-4 for h in report["history"])
     charges, _ = state_of(tmp_path / "run", config.fingerprint)
-    assert [c.released for c in charges] == [True] * 3
+    assert [c.released for c in charges] == [True] * 2
+
+
+_KEYS = """
+import json, sys
+import jax, numpy as np
+from dpfa_jax import keys
+from dpfa_jax.parallel import processes
+
+processes.start("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
+def words(key):
+    return np.asarray(jax.random.key_data(key)).tolist()
+drawn = keys.SecureKey.generate()
+own = drawn.fingerprint
+found = {"key": words(drawn.key()), "again": words(drawn.key()), "fingerprint": drawn.fingerprint}
+found["taken"] = words(keys.take_key(keys.SecureKey.generate()))
+keys._of_first_process = lambda words: words
+print(json.dumps([found, own, words(keys.SecureKey.generate().key())]))
+"""
+
+
+def test_every_process_has_the_key_of_the_first():
+    """Each draws its own: without the exchange, the planted bug, they would make two noises."""
+    port = str(free_port())
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    group = [
+        subprocess.Popen(
+            [sys.executable, "-c", _KEYS, port, str(i)], stdout=subprocess.PIPE, text=True, env=env
+        )
+        for i in range(2)
+    ]
+    first, second = (json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in group)
+    assert first[0] == second[0]
+    assert first[0]["key"] == first[0]["again"] != first[0]["taken"]
+    assert first[0]["fingerprint"] == first[1] != second[1]
+    assert first[2] != second[2]
 
 
 def test_what_starts_processes_is_checked():

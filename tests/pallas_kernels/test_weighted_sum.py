@@ -96,3 +96,17 @@ def test_on_a_gpu(shape, dtype):
     weights = weights.at[0].set(0.0)
     got = weighted_sum(rows.at[0].set(jnp.nan), weights, implementation="triton")
     check(got, rows.at[0].set(0), weights)
+
+
+@pytest.mark.parametrize("call", IMPLEMENTATIONS[::2])
+def test_under_vmap(call):
+    """Audits run whole training steps side by side."""
+    rows, weights = make((4, 3, 20), "float32")
+    several = jnp.stack([weights[:3], 2 * weights[1:]])
+    got = jax.vmap(call, in_axes=(0, None))(rows, several[0])
+    for one, result in zip(rows, got, strict=True):
+        check(result, one, several[0])
+    for one, result in zip(
+        several, jax.vmap(call, in_axes=(None, 0))(rows[0], several), strict=True
+    ):
+        check(result, rows[0], one)

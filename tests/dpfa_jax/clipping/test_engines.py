@@ -300,6 +300,15 @@ def test_auto_takes_two_passes_where_one_would_not_fit(monkeypatch):
     assert grad.explain(params, *batch).engine == "bookkeeping"
 
 
+def test_auto_counts_what_one_device_holds(monkeypatch):
+    choose("gram", monkeypatch)
+    loss, params, batch, _, clip = case("tied_decoder")
+    held = int(clipped_grad(loss, l2_clip_norm=clip).explain(params, *batch).held_bytes)
+    monkeypatch.setattr("dpfa_jax.clipping.explain.device_memory", lambda: held)
+    monkeypatch.setattr("dpfa_jax.clipping.api.parts_of", lambda sharding: 4)
+    assert clipped_grad(loss, l2_clip_norm=clip).explain(params, *batch).engine == "bookkeeping"
+
+
 def test_auto_prefers_one_pass_by_predicted_time(monkeypatch):
     """The prediction ranks the engines as the clock does: a second pass costs a pass."""
     choose("gram", monkeypatch)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -39,7 +40,7 @@ def start(
         heartbeat_seconds: without a sign of life for so long, a process counts as dead.
 
     Raises:
-        ValueError: if only some of the three are given, or they do not fit together.
+        ValueError: if only some of the three are given, one is none, or they do not fit together.
         ProcessError: if the others cannot be reached.
     """
     given = (coordinator, processes, process_id)
@@ -48,6 +49,10 @@ def start(
             f"coordinator={coordinator!r}, processes={processes!r}, process_id={process_id!r}: "
             "allowed are all three, or none (they are then found in the environment)."
         )
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+        raise ValueError(f"coordinator={coordinator!r}: allowed is 'host:port'.")
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes={processes!r}: allowed is a whole number >= 1.")
     if processes is not None and process_id is not None and not 0 <= process_id < processes:
         raise ValueError(
             f"process_id={process_id!r}: allowed is a whole number from 0 to {processes - 1}."
@@ -57,7 +62,8 @@ def start(
             coordinator, processes, process_id, heartbeat_timeout_seconds=heartbeat_seconds
         )
     except Exception as error:
-        raise ProcessError(f"the processes cannot join: {error}") from error
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ProcessError(f"the processes cannot join: {first}") from error
 
 
 def is_first() -> bool:
@@ -146,17 +152,31 @@ def stop(error: BaseException, own: tuple[type[BaseException], ...] = ()) -> NoR
 
     Args:
         error: why.
-        own: types of errors that a person can mend. What a collective raises when another
-            process is gone has no type of its own.
+        own: types of errors that a person can mend. Of all others but :class:`ProcessError` the
+            traceback is printed too.
     """
     mendable = isinstance(error, own)
-    if mendable:
+    if mendable or isinstance(error, ProcessError):
         text = str(error)
-    elif isinstance(error, ProcessError):
-        text = f"{error}"
     else:
+        traceback.print_exception(error)
         first = (str(error).strip().splitlines() or [""])[0]
-        text = f"another process stopped or cannot be reached ({type(error).__name__}: {first})"
+        what = f"{type(error).__name__}: {first}" if first else type(error).__name__
+        # What a collective raises when another process is gone has no type of its own; what a
+        # device raises that has no memory left has the same.
+        lost = isinstance(error, jax.errors.JaxRuntimeError)
+        if lost and not first.startswith("RESOURCE_EXHAUSTED"):
+            text = f"another process stopped or cannot be reached ({what})"
+        else:
+            text = f"stopped with {what}"
     after = "" if mendable else _AFTER
-    print(f"dpfa: process {jax.process_index()}: {text}.{after}", file=sys.stderr, flush=True)
-    os._exit(2 if mendable else 3)
+    end = "" if text.endswith(".") else "."
+    print(f"dpfa: process {jax.process_index()}: {text}{end}{after}", file=sys.stderr)
+    end_now(2 if mendable else 3)
+
+
+def end_now(status: int) -> NoReturn:
+    """Ends this process without JAX's shutdown, which waits for the others for minutes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,74 @@
+"""What one of several processes says when it ends, and with what status."""
+
+import jax
+import pytest
+
+from dpfa_jax.parallel import processes
+
+
+class Ended(BaseException):
+    """In place of the process's end."""
+
+
+@pytest.fixture(autouse=True)
+def _end_is_raised(monkeypatch):
+    def end(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(processes.os, "_exit", end)
+
+
+def raise_and_stop(error, own):
+    try:
+        raise error
+    except BaseException as raised:
+        processes.stop(raised, own)
+
+
+def stopped(error, capsys, own=()):
+    """The status, the traceback and the last line."""
+    with pytest.raises(Ended) as ended:
+        raise_and_stop(error, own)
+    *trace, last = capsys.readouterr().err.splitlines()
+    return ended.value.args[0], "\n".join(trace), last
+
+
+AFTER = "Nothing was released after the last checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space", "run/x"), "OSError: [Errno 28] No space: 'run/x'"),
+        (TypeError("a\nb"), "TypeError: a"),
+        (MemoryError(), "MemoryError"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+            "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory",
+        ),
+    ],
+)
+def test_an_error_of_this_process_is_no_other_ones(error, said, capsys):
+    status, trace, last = stopped(error, capsys)
+    assert status == 3
+    assert "Traceback" in trace
+    assert "raise error" in trace
+    assert last.startswith(f"dpfa: process 0: stopped with {said}. {AFTER}")
+    assert "another process" not in last
+
+
+def test_what_a_collective_raises_is_another_process(capsys):
+    error = jax.errors.JaxRuntimeError("UNAVAILABLE: Connection reset\nmore")
+    status, trace, last = stopped(error, capsys)
+    assert status == 3
+    assert "Traceback" in trace
+    what = "another process stopped or cannot be reached (JaxRuntimeError: UNAVAILABLE: Connection"
+    assert last.startswith(f"dpfa: process 0: {what} reset). {AFTER}")
+
+
+def test_what_is_known_is_one_line(capsys):
+    status, trace, last = stopped(processes.ProcessError("the first process stopped: x"), capsys)
+    assert (status, trace) == (3, "")
+    assert last.startswith(f"dpfa: process 0: the first process stopped: x. {AFTER}")
+    status, trace, last = stopped(ValueError("mesh: no."), capsys, own=(ValueError,))
+    assert (status, trace, last) == (2, "", "dpfa: process 0: mesh: no.")

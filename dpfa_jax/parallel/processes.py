@@ -9,6 +9,7 @@ that waits for it fails, or JAX's coordination service ends those that wait.
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -138,10 +139,29 @@ def wait_for_all(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
+# The libraries of collectives, as the first words of an error name them.
+_COLLECTIVES = re.compile(r"\A[A-Z_]+: (Gloo|NCCL)\b")
 _AFTER = (
     " Nothing was released after the last checkpoint; the same command in all processes continues "
     "from there."
 )
+
+
+def of_another(error: BaseException) -> bool:
+    """Whether this is what a collective raises when another process stopped or is out of reach.
+
+    It has no type of its own. JAX's runtime raises one type for all it meets, a device without
+    memory too; what CPUs raise (from Gloo) is a ValueError.
+
+    Example:
+        >>> of_another(jax.errors.JaxRuntimeError("UNAVAILABLE: Connection reset by peer"))
+        True
+        >>> of_another(ValueError("batch_size=0: allowed is a whole number >= 1."))
+        False
+    """
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return not str(error).startswith("RESOURCE_EXHAUSTED")
+    return isinstance(error, ValueError) and _COLLECTIVES.search(str(error)) is not None
 
 
 def stop(error: BaseException, own: tuple[type[BaseException], ...] = ()) -> NoReturn:
@@ -162,10 +182,7 @@ def stop(error: BaseException, own: tuple[type[BaseException], ...] = ()) -> NoR
         traceback.print_exception(error)
         first = (str(error).strip().splitlines() or [""])[0]
         what = f"{type(error).__name__}: {first}" if first else type(error).__name__
-        # What a collective raises when another process is gone has no type of its own; what a
-        # device raises that has no memory left has the same.
-        lost = isinstance(error, jax.errors.JaxRuntimeError)
-        if lost and not first.startswith("RESOURCE_EXHAUSTED"):
+        if of_another(error):
             text = f"another process stopped or cannot be reached ({what})"
         else:
             text = f"stopped with {what}"

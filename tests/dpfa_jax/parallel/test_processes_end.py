@@ -57,13 +57,16 @@ def test_an_error_of_this_process_is_no_other_ones(error, said, capsys):
     assert "another process" not in last
 
 
-def test_what_a_collective_raises_is_another_process(capsys):
-    error = jax.errors.JaxRuntimeError("UNAVAILABLE: Connection reset\nmore")
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_what_a_collective_raises_is_another_process(kind, capsys):
+    """On CPUs, here, it is a ValueError."""
+    error = kind("UNKNOWN: Gloo all-reduce failed: Connection reset\nmore")
     status, trace, last = stopped(error, capsys)
     assert status == 3
     assert "Traceback" in trace
-    what = "another process stopped or cannot be reached (JaxRuntimeError: UNAVAILABLE: Connection"
-    assert last.startswith(f"dpfa: process 0: {what} reset). {AFTER}")
+    what = f"{kind.__name__}: UNKNOWN: Gloo all-reduce failed: Connection reset"
+    where = f"another process stopped or cannot be reached ({what}). {AFTER}"
+    assert last.startswith(f"dpfa: process 0: {where}")
 
 
 def test_what_is_known_is_one_line(capsys):

@@ -139,8 +139,9 @@ def wait_for_all(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
-# The libraries of collectives, as the first words of an error name them.
+# First words of an error: of the libraries of collectives, and where a service does not answer.
 _COLLECTIVES = re.compile(r"\A[A-Z_]+: (Gloo|NCCL)\b")
+_NO_ANSWER = re.compile(r"\A(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED):")
 _AFTER = (
     " Nothing was released after the last checkpoint; the same command in all processes continues "
     "from there."
@@ -172,17 +173,19 @@ def stop(error: BaseException, own: tuple[type[BaseException], ...] = ()) -> NoR
 
     Args:
         error: why.
-        own: types of errors that a person can mend. Of all others but :class:`ProcessError` the
+        own: types of errors that a person can mend. Of what may be this program's own fault the
             traceback is printed too.
     """
     mendable = isinstance(error, own)
     if mendable or isinstance(error, ProcessError):
         text = str(error)
     else:
-        traceback.print_exception(error)
+        lost = of_another(error)
+        if not (lost and (_COLLECTIVES.search(str(error)) or _NO_ANSWER.search(str(error)))):
+            traceback.print_exception(error)
         first = (str(error).strip().splitlines() or [""])[0]
         what = f"{type(error).__name__}: {first}" if first else type(error).__name__
-        if of_another(error):
+        if lost:
             text = f"another process stopped or cannot be reached ({what})"
         else:
             text = f"stopped with {what}"

@@ -57,15 +57,21 @@ def test_an_error_of_this_process_is_no_other_ones(error, said, capsys):
     assert "another process" not in last
 
 
-@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
-def test_what_a_collective_raises_is_another_process(kind, capsys):
-    """On CPUs, here, it is a ValueError."""
-    error = kind("UNKNOWN: Gloo all-reduce failed: Connection reset\nmore")
-    status, trace, last = stopped(error, capsys)
+@pytest.mark.parametrize(
+    ("kind", "text", "traced"),
+    [
+        (jax.errors.JaxRuntimeError, "UNKNOWN: Gloo all-reduce failed: Connection reset", False),
+        (jax.errors.JaxRuntimeError, "UNAVAILABLE: Failed to send RPC", False),
+        (jax.errors.JaxRuntimeError, "INTERNAL: it may be the program's own fault", True),
+        # What a collective of CPUs raises where it is waited for.
+        (ValueError, "UNKNOWN: Gloo all-reduce failed: Connection reset", False),
+    ],
+)
+def test_what_a_collective_raises_is_another_process(kind, text, traced, capsys):
+    status, trace, last = stopped(kind(f"{text}\nmore"), capsys)
     assert status == 3
-    assert "Traceback" in trace
-    what = f"{kind.__name__}: UNKNOWN: Gloo all-reduce failed: Connection reset"
-    where = f"another process stopped or cannot be reached ({what}). {AFTER}"
+    assert ("Traceback" in trace) == traced
+    where = f"another process stopped or cannot be reached ({kind.__name__}: {text}). {AFTER}"
     assert last.startswith(f"dpfa: process 0: {where}")
 
 

@@ -176,7 +176,12 @@ def _add_bench(commands: Any) -> None:
 
 def _add_scaling(kinds: Any) -> None:
     def numbers(text: str) -> list[int]:
-        return [int(n) for n in text.split(",")]
+        found = [n.strip() for n in text.split(",")]
+        if not all(n.isdecimal() and int(n) >= 1 for n in found):
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: allowed are whole numbers >= 1 with commas between, such as 1,2,4,8."
+            )
+        return [int(n) for n in found]
 
     def words(text: str) -> list[str]:
         return [w.strip() for w in text.split(",")]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dpfa_jax import keys
+from dpfa_jax import cli, keys
 from dpfa_jax.bench import decoder, scaling, scaling_attention, scaling_model, scaling_plot
 from dpfa_jax.bench.timing import BenchError, Plan
 
@@ -94,6 +94,17 @@ def test_the_plot_has_a_line_for_each_kind_of_scaling():
     assert drawn["gpt2, dp, weak"] == [[1.0, 1.0], [2.0, 1.8], [4.0, 3.6]]
     assert set(drawn) == {"ideal", "gpt2, dp, weak", "gpt2, fsdp, weak"}
     assert attention.lines[1].get_xydata()[2].tolist() == [4.0, 3.8]
+
+
+@pytest.mark.parametrize("devices", ["x", "1,,2", "", "0", "-1", "1.5", "²"])
+def test_devices_that_are_no_numbers_are_one_clear_line(devices, capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(["bench", "scaling", f"--devices={devices}"])
+    assert status.value.code == 2
+    assert (
+        f"argument --devices: {devices!r}: allowed are whole numbers >= 1 with commas"
+        in capsys.readouterr().err
+    )
 
 
 def test_strong_scaling_divides_the_batch():

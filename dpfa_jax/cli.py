@@ -136,7 +136,10 @@ def _add_bench(commands: Any) -> None:
         help="only steps whose name holds this, such as dpfa, and the non-private one",
     )
     clipping.add_argument(
-        "--quick", action="store_true", help="only what the targets are about, and jax_privacy"
+        "--quick",
+        action="store_true",
+        help="of JAX's steps only what the targets are about, and jax_privacy; PyTorch and Opacus "
+        "all the same, where both are installed",
     )
     clipping.add_argument(
         "--attention",

@@ -74,19 +74,15 @@ def is_first() -> bool:
 
 def agreed(value: Any) -> Any:
     """The first process's value, of anything that JSON holds, in all of them."""
-    if jax.process_count() == 1:
-        return value
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else None
-    size = multihost_utils.broadcast_one_to_all(np.int32(0 if text is None else text.size))
-    padded = np.zeros(int(size), np.uint8) if text is None else text
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    return on_first(lambda: value)
 
 
-def agreed_array(value: np.ndarray) -> np.ndarray:
-    """The first process's array in all of them; they give one of the same shape and dtype."""
-    if jax.process_count() == 1:
-        return value
-    return np.asarray(multihost_utils.broadcast_one_to_all(value))
+def _sent(text: str) -> str:
+    """The first process's text, in all of them."""
+    own = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(own.size)))
+    padded = own if is_first() else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()
 
 
 def on_first[Value](function: Callable[[], Value]) -> Value:
@@ -96,24 +92,22 @@ def on_first[Value](function: Callable[[], Value]) -> Value:
         function: its result is something that JSON holds.
 
     Raises:
-        ProcessError: in the other processes, where the first one's call raised; in the first
-            it is the error itself.
+        ProcessError: in the other processes, where the first one's call raised, or its result
+            is nothing that JSON holds; in the first it is the error itself.
 
     Example:
         >>> on_first(lambda: 3)
         3
     """
-    outcome: dict[str, Any] = {}
-    failure: Exception | None = None
+    if jax.process_count() == 1:
+        return function()
+    text, failure = "", None
     if is_first():
         try:
-            outcome = {"value": function()}
-        except Exception as error:
-            failure, outcome = error, {"error": f"{type(error).__name__}: {error}"}
-    if jax.process_count() == 1 and failure is None:
-        return outcome["value"]  # type: ignore[no-any-return]
-    if jax.process_count() > 1:
-        outcome = agreed(outcome)
+            text = json.dumps({"value": function()})
+        except Exception as error:  # the others wait for a text, whatever it says
+            failure, text = error, json.dumps({"error": f"{type(error).__name__}: {error}"})
+    outcome = json.loads(_sent(text))
     if failure is not None:
         raise failure
     if "error" in outcome:

@@ -78,6 +78,22 @@ def test_a_case_is_measured_and_shown(tmp_path, monkeypatch):
     assert "same bits" in screen.getvalue()
 
 
+def test_a_case_without_a_profile_says_why(monkeypatch):
+    def broken(_):
+        raise RuntimeError("CUPTI is not there\nmore")
+
+    monkeypatch.setattr(scaling, "collective_times", broken)
+    small = dataclasses.replace(decoder.SMALL, layers=1, accumulate=1)
+    cell = scaling.measure_case(scaling.make_case("small", small, "dp", "weak", 1), QUICK)
+    assert cell["collective_seconds"] is None
+    assert cell["profile_error"] == "RuntimeError: CUPTI is not there"
+    scaling.judge([cell])
+    screen = io.StringIO()
+    facts = {"card": "x", "versions": {"jax": "0"}, "date": "today", "cells": [cell]}
+    scaling.print_result(facts, Console(file=screen, width=140))
+    assert "no profile: RuntimeError: CUPTI is not there" in screen.getvalue()
+
+
 def test_the_plot_has_a_line_for_each_kind_of_scaling():
     cells = [
         {"model": "gpt2", "layout": layout, "mode": "weak", "devices": n, "share": 0.9}

@@ -1,6 +1,7 @@
-"""What one of several processes says when it ends, and with what status."""
+"""What one of several processes tells the others, and what it says when it ends."""
 
 import jax
+import numpy as np
 import pytest
 
 from dpfa_jax.parallel import processes
@@ -81,3 +82,41 @@ def test_what_is_known_is_one_line(capsys):
     assert last.startswith(f"dpfa: process 0: the first process stopped: x. {AFTER}")
     status, trace, last = stopped(ValueError("mesh: no."), capsys, own=(ValueError,))
     assert (status, trace, last) == (2, "", "dpfa: process 0: mesh: no.")
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """Plays one of two processes; the first one's broadcasts are the second's."""
+    sent = []
+
+    def broadcast(value):
+        if jax.process_index() == 0:
+            sent.append(np.array(value))
+            return value
+        return sent.pop(0)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", broadcast)
+    yield lambda number: monkeypatch.setattr(jax, "process_index", lambda: number)
+    assert sent == []
+
+
+@pytest.mark.parametrize("call", ["on_first", "agreed"])
+def test_what_json_cannot_hold_is_an_error_of_all(call, play):
+    def run():
+        if call == "on_first":
+            return processes.on_first(lambda: {1, 2})
+        return processes.agreed({1, 2})
+
+    play(0)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        run()
+    play(1)
+    with pytest.raises(processes.ProcessError, match=r"stopped: TypeError: .*not JSON"):
+        run()
+
+
+def test_what_the_first_sends_is_everybodys(play):
+    for number, own in enumerate((["ü", None, 1.5], "another")):
+        play(number)
+        assert processes.agreed(own) == ["ü", None, 1.5]

@@ -136,7 +136,10 @@ def _add_bench(commands: Any) -> None:
         help="only steps whose name holds this, such as dpfa, and the non-private one",
     )
     clipping.add_argument(
-        "--quick", action="store_true", help="only what the targets are about, and jax_privacy"
+        "--quick",
+        action="store_true",
+        help="of JAX's steps only what the targets are about, and jax_privacy; PyTorch and Opacus "
+        "all the same, where both are installed",
     )
     clipping.add_argument(
         "--attention",
@@ -176,7 +179,12 @@ def _add_bench(commands: Any) -> None:
 
 def _add_scaling(kinds: Any) -> None:
     def numbers(text: str) -> list[int]:
-        return [int(n) for n in text.split(",")]
+        found = [n.strip() for n in text.split(",")]
+        if not all(n.isdecimal() and int(n) >= 1 for n in found):
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: allowed are whole numbers >= 1 with commas between, such as 1,2,4,8."
+            )
+        return [int(n) for n in found]
 
     def words(text: str) -> list[str]:
         return [w.strip() for w in text.split(",")]
@@ -302,17 +310,27 @@ def _train(args: argparse.Namespace) -> int:
 
     if not args.distributed and given == (None, None, None):
         return _train_here(config, args)
-    processes.start(*given)
-    try:
-        return _train_here(config, args)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        # The others wait for this process, and its own shutdown would wait for them.
-        from dpfa_jax.ledger import LedgerError
-        from dpfa_jax.train.schema import ConfigError
+    from dpfa_jax.ledger import LedgerError
+    from dpfa_jax.train.schema import ConfigError
 
-        processes.stop(error, own=(LedgerError, ConfigError))
+    # From here on the others may wait for this process, and JAX's shutdown would wait for them.
+    try:
+        try:
+            processes.start(*given)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        except processes.ProcessError as error:
+            print(f"dpfa: {error}", file=sys.stderr)
+            processes.end_now(3)
+        try:
+            return _train_here(config, args)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            processes.stop(error, own=(LedgerError, ConfigError))
+    except KeyboardInterrupt:
+        _say_interrupted(continues=True)
+        processes.end_now(130)
 
 
 def _train_here(config: Any, args: argparse.Namespace) -> int:
@@ -337,11 +355,19 @@ def _train_here(config: Any, args: argparse.Namespace) -> int:
     return 0
 
 
+def _say_interrupted(*, continues: bool) -> None:
+    print(
+        "\ndpfa: interrupted"
+        + ("; the same command continues from the last checkpoint." if continues else ".")
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; errors that a person can mend are one line on stderr.
 
     Returns:
-        0, 2 for such an error, 130 after Ctrl-C.
+        0, 2 for such an error, 130 after Ctrl-C. One of several processes that stops for another
+        reason than these ends with 3 (docs/scaling.md).
     """
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
@@ -374,11 +400,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dpfa: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        continues = args.command == "train"
-        print(
-            "\ndpfa: interrupted"
-            + ("; the same command continues from the last checkpoint." if continues else ".")
-        )
+        _say_interrupted(continues=args.command == "train")
         return 130
     return 0
 

@@ -8,6 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+_DELTA = 1e-5
+# Options about many audits, or that a configuration states itself.
+_NOT_WITH_CONFIG = ("only", "implementation", "jobs", "delta")
+
 
 def _between(kind: type, low: float, high: float) -> Any:
     def parse(text: str) -> Any:
@@ -56,7 +60,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--jobs",
         type=_between(int, 0, math.inf),
-        default=1,
+        default=None,
         metavar="N",
         help="audits at the same time; 8 on a GPU, where compiling takes longest (default: 1)",
     )
@@ -68,7 +72,10 @@ def add_parser(commands: Any) -> None:
         help="releases under each neighbour; 1000000 on a GPU (default: %(default)s)",
     )
     parser.add_argument(
-        "--delta", type=_between(float, 0, 1), default=1e-5, help="(default: %(default)s)"
+        "--delta",
+        type=_between(float, 0, 1),
+        default=None,
+        help=f"(default: {_DELTA:g}; of a configuration its own)",
     )
     parser.add_argument(
         "--confidence",
@@ -86,6 +93,17 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     Returns:
         0 if every claim stands, 1 if one fails.
     """
+    config = None
+    if args.config is not None:
+        given = [name for name in _NOT_WITH_CONFIG if getattr(args, name) is not None]
+        if given:
+            options = ", ".join(f"--{name}" for name in given)
+            print(f"dpfa: {options}: not with a configuration.", file=sys.stderr)
+            return 2
+        # Checked before JAX, the data and the files that are written are touched.
+        from dpfa_jax.train.config import load_config
+
+        config = load_config(args.config)
     from dpfa_jax.audit import report, suite
     from dpfa_jax.bench.files import write_json
 
@@ -97,18 +115,18 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             except OSError as error:
                 print(f"dpfa: {path}: cannot be written ({error.strerror}).", file=sys.stderr)
                 return 2
-    if args.config is not None:
-        return _config(args, argv)
+    if config is not None:
+        return _config(config, args, argv)
     started = time.monotonic()
     command, findings = shlex.join(["dpfa", *argv]), []
     facts = suite.to_json([], command, 0.0)
     try:
         audits = suite.run_audits(
-            jobs=args.jobs,
+            jobs=1 if args.jobs is None else args.jobs,
             only=args.only,
             implementations=args.implementation,
             samples=args.samples,
-            delta=args.delta,
+            delta=_DELTA if args.delta is None else args.delta,
             confidence=args.confidence,
         )
     except ValueError as error:
@@ -140,15 +158,8 @@ def _show(finding: Any) -> None:
     )
 
 
-def _config(args: argparse.Namespace, argv: list[str]) -> int:
+def _config(config: Any, args: argparse.Namespace, argv: list[str]) -> int:
     """The audit of one configuration."""
-    # Checked before JAX and the data are touched.
-    from dpfa_jax.train.config import load_config
-
-    config = load_config(args.config)
-    if args.only is not None or args.implementation is not None:
-        print("dpfa: --only, --implementation: not with a configuration.", file=sys.stderr)
-        return 2
     from dpfa_jax.audit import configured, report, suite
     from dpfa_jax.bench.files import write_json
 

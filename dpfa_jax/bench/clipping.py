@@ -29,6 +29,7 @@ from dpfa_jax.bench.timing import (
     Runnable,
     compile_all,
     measure,
+    peak_bytes,
     ratio_with_interval,
 )
 from dpfa_jax.versions import package_versions
@@ -79,13 +80,7 @@ def _prepare(version: Version, shape: DecoderShape, shared: _Shared) -> Build:
                 shared.state = compiled(shared.state, shared.tokens)
             jax.block_until_ready(shared.state)
 
-        memory = compiled.memory_analysis()
-        if memory is None:
-            return Runnable(run)
-        # The state's copy in the output is the one in the arguments.
-        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return Runnable(run, int(peak))
+        return Runnable(run, peak_bytes(compiled))
 
     return build
 
@@ -259,7 +254,8 @@ def run(
         only: measure only shapes whose name holds this text.
         attention: of all steps, a name from ``decoder.ATTENTION``; None is the fastest known.
         versions_with: measure only versions whose name holds this text, and the non-private one.
-        quick: only the versions that the targets are about, and jax_privacy.
+        quick: of JAX's steps only those that the targets are about, and jax_privacy's. PyTorch's,
+            with and without Opacus, are measured all the same where both are installed.
         budget: seconds after which no further shape is begun.
         plan: how many samples; None is the usual.
         json_path: written after every shape.

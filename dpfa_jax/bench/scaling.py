@@ -27,7 +27,7 @@ from dpfa_jax.bench import decoder, scaling_attention, scaling_model, scaling_pl
 from dpfa_jax.bench.decoder import DecoderShape
 from dpfa_jax.bench.files import write_json
 from dpfa_jax.bench.hlo import collectives
-from dpfa_jax.bench.timing import BenchError, Plan, Runnable, describe_error, measure
+from dpfa_jax.bench.timing import BenchError, Plan, Runnable, describe_error, measure, peak_bytes
 from dpfa_jax.clipping import clipped_grad
 from dpfa_jax.parallel.mesh import DATA, fsdp_shardings, gathered, make_mesh, replicated
 from dpfa_jax.versions import package_versions
@@ -158,14 +158,6 @@ class TrainStep:
             self.state = self.compiled(self.state, self.tokens)
         jax.block_until_ready(self.state)
 
-    def peak_bytes(self) -> int | None:
-        """Of one device, as compiled: arguments, results that are not these, and temporaries."""
-        memory = self.compiled.memory_analysis()
-        if memory is None:
-            return None
-        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        return int(peak + memory.output_size_in_bytes - memory.alias_size_in_bytes)
-
 
 def _by_kind(text: str) -> list[dict[str, Any]]:
     """The collectives in a compiled program: kind, how many instructions, bytes of results."""
@@ -242,10 +234,10 @@ def measure_case(case: Case, plan: Plan) -> dict[str, Any]:
             "quartile_distance_ms": 1e3 * timing.spread,
             "samples_ms": [round(1e3 * s, 4) for s in timing.seconds],
             "tokens_per_second": case.tokens / timing.median,
-            "peak_bytes": step.peak_bytes(),
+            "peak_bytes": peak_bytes(step.compiled),
             "device_peak_bytes": _device_peak(case.devices),
             "collectives": _by_kind(step.compiled.as_text() or ""),
-            "collective_seconds": _or_none(lambda: collective_times(step.run)),
+            **_profile(step.run),
         }
     # Whatever a compiler, a driver or NCCL raises is a result to show.
     except Exception as error:
@@ -253,11 +245,11 @@ def measure_case(case: Case, plan: Plan) -> dict[str, Any]:
     return entry
 
 
-def _or_none(function: Callable[[], Any]) -> Any:
+def _profile(run: Callable[[int], None]) -> dict[str, Any]:
     try:
-        return function()
-    except Exception:  # a profile is a detail; the times stand without it
-        return None
+        return {"collective_seconds": collective_times(run)}
+    except Exception as error:  # a profile is a detail; the times stand without it
+        return {"collective_seconds": None, "profile_error": describe_error(error)}
 
 
 def _device_peak(devices: int) -> int | None:
@@ -464,6 +456,9 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
     if "attention" in result:
         console.print(scaling_attention.show(result["attention"]), markup=False, highlight=False)
     for cell in result["cells"]:
+        name = f"{cell['model']} {cell['layout']} {cell['mode']} {cell['devices']}"
         if "error" in cell:
-            name = f"{cell['model']} {cell['layout']} {cell['mode']} {cell['devices']}"
             console.print(f"  {name}: {cell['error']}", markup=False, highlight=False)
+        if "profile_error" in cell:
+            said = f"no profile: {cell['profile_error']}"
+            console.print(f"  {name}: {said}", markup=False, highlight=False)

@@ -21,6 +21,7 @@ from dpfa_jax import keys
 from dpfa_jax.attention_privacy import AttentionPrivacy
 from dpfa_jax.parallel import attention_collectives
 from dpfa_jax.parallel.attention_parts import Plan
+from dpfa_jax.parallel.axes import manual_axes
 from pallas_kernels.attention import (
     AttentionSpec,
     check_arguments,
@@ -210,10 +211,10 @@ def _check_mesh(
                 f"{argument}={named[argument]!r} has {mesh.shape[named[argument]]} devices, which "
                 f"do not divide the {count} {what}."
             )
-    manual = set(named.values()) & set(jax.sharding.get_abstract_mesh().manual_axes)
+    manual = manual_axes()
     if manual:
         raise ValueError(
-            f"axis: inside shard_map or pmap over {sorted(manual)}; call it outside, on the "
+            f"axis: inside shard_map or pmap over {list(manual)}; call it outside, on the "
             "global arrays."
         )
     return mesh, int(mesh.shape[axis])

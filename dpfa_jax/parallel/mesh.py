@@ -84,6 +84,15 @@ def fsdp_spec(shape: Sequence[int], ways: int, axis: str = DATA) -> PartitionSpe
     return PartitionSpec(*[None] * chosen, axis)
 
 
+def _size(mesh: Mesh, axis: str) -> int:
+    if axis not in mesh.shape:
+        raise ValueError(
+            f"mesh has the axes {tuple(mesh.axis_names)}: one named {axis!r} is needed, along "
+            "which the batch is split."
+        )
+    return int(mesh.shape[axis])
+
+
 def fsdp_shardings(tree: PyTree, mesh: Mesh, axis: str = DATA) -> PyTree:
     """Parameters, gradients or an optimiser's state, each array split over ``axis``.
 
@@ -94,10 +103,14 @@ def fsdp_shardings(tree: PyTree, mesh: Mesh, axis: str = DATA) -> PyTree:
 
     Returns:
         The tree with a ``NamedSharding`` in place of each array.
+
+    Raises:
+        ValueError: if the mesh does not have the axis.
     """
+    ways = _size(mesh, axis)
 
     def one(x: Any) -> NamedSharding:
-        return NamedSharding(mesh, fsdp_spec(x.shape, mesh.shape[axis], axis))
+        return NamedSharding(mesh, fsdp_spec(x.shape, ways, axis))
 
     return jax.tree.map(one, tree)
 
@@ -110,13 +123,16 @@ def parameter_shardings(tree: PyTree, mesh: Mesh, *, fsdp: bool = False) -> PyTr
 
     Args:
         tree: arrays, or their ``jax.ShapeDtypeStruct``.
-        mesh: of these two axes.
+        mesh: of these two axes, or of ``data`` alone.
         fsdp: whether no device holds all parameters.
 
     Returns:
         The tree with a ``NamedSharding`` in place of each array.
+
+    Raises:
+        ValueError: if the mesh has no axis ``data``.
     """
-    data, model = mesh.shape[DATA], mesh.shape[MODEL]
+    data, model = _size(mesh, DATA), mesh.shape.get(MODEL, 1)
 
     def one(x: Any) -> NamedSharding:
         names: list[str | None] = [None] * len(x.shape)

@@ -9,7 +9,9 @@ that waits for it fails, or JAX's coordination service ends those that wait.
 import contextlib
 import json
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -39,7 +41,7 @@ def start(
         heartbeat_seconds: without a sign of life for so long, a process counts as dead.
 
     Raises:
-        ValueError: if only some of the three are given, or they do not fit together.
+        ValueError: if only some of the three are given, one is none, or they do not fit together.
         ProcessError: if the others cannot be reached.
     """
     given = (coordinator, processes, process_id)
@@ -48,6 +50,10 @@ def start(
             f"coordinator={coordinator!r}, processes={processes!r}, process_id={process_id!r}: "
             "allowed are all three, or none (they are then found in the environment)."
         )
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+        raise ValueError(f"coordinator={coordinator!r}: allowed is 'host:port'.")
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes={processes!r}: allowed is a whole number >= 1.")
     if processes is not None and process_id is not None and not 0 <= process_id < processes:
         raise ValueError(
             f"process_id={process_id!r}: allowed is a whole number from 0 to {processes - 1}."
@@ -57,7 +63,8 @@ def start(
             coordinator, processes, process_id, heartbeat_timeout_seconds=heartbeat_seconds
         )
     except Exception as error:
-        raise ProcessError(f"the processes cannot join: {error}") from error
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ProcessError(f"the processes cannot join: {first}") from error
 
 
 def is_first() -> bool:
@@ -67,19 +74,15 @@ def is_first() -> bool:
 
 def agreed(value: Any) -> Any:
     """The first process's value, of anything that JSON holds, in all of them."""
-    if jax.process_count() == 1:
-        return value
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else None
-    size = multihost_utils.broadcast_one_to_all(np.int32(0 if text is None else text.size))
-    padded = np.zeros(int(size), np.uint8) if text is None else text
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    return on_first(lambda: value)
 
 
-def agreed_array(value: np.ndarray) -> np.ndarray:
-    """The first process's array in all of them; they give one of the same shape and dtype."""
-    if jax.process_count() == 1:
-        return value
-    return np.asarray(multihost_utils.broadcast_one_to_all(value))
+def _sent(text: str) -> str:
+    """The first process's text, in all of them."""
+    own = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(own.size)))
+    padded = own if is_first() else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()
 
 
 def on_first[Value](function: Callable[[], Value]) -> Value:
@@ -89,24 +92,22 @@ def on_first[Value](function: Callable[[], Value]) -> Value:
         function: its result is something that JSON holds.
 
     Raises:
-        ProcessError: in the other processes, where the first one's call raised; in the first
-            it is the error itself.
+        ProcessError: in the other processes, where the first one's call raised, or its result
+            is nothing that JSON holds; in the first it is the error itself.
 
     Example:
         >>> on_first(lambda: 3)
         3
     """
-    outcome: dict[str, Any] = {}
-    failure: Exception | None = None
+    if jax.process_count() == 1:
+        return function()
+    text, failure = "", None
     if is_first():
         try:
-            outcome = {"value": function()}
-        except Exception as error:
-            failure, outcome = error, {"error": f"{type(error).__name__}: {error}"}
-    if jax.process_count() == 1 and failure is None:
-        return outcome["value"]  # type: ignore[no-any-return]
-    if jax.process_count() > 1:
-        outcome = agreed(outcome)
+            text = json.dumps({"value": function()})
+        except Exception as error:  # the others wait for a text, whatever it says
+            failure, text = error, json.dumps({"error": f"{type(error).__name__}: {error}"})
+    outcome = json.loads(_sent(text))
     if failure is not None:
         raise failure
     if "error" in outcome:
@@ -132,10 +133,30 @@ def wait_for_all(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
+# First words of an error: of the libraries of collectives, and where a service does not answer.
+_COLLECTIVES = re.compile(r"\A[A-Z_]+: (Gloo|NCCL)\b")
+_NO_ANSWER = re.compile(r"\A(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED):")
 _AFTER = (
     " Nothing was released after the last checkpoint; the same command in all processes continues "
     "from there."
 )
+
+
+def of_another(error: BaseException) -> bool:
+    """Whether this is what a collective raises when another process stopped or is out of reach.
+
+    It has no type of its own. JAX's runtime raises one type for all it meets, a device without
+    memory too; what CPUs raise (from Gloo) is a ValueError.
+
+    Example:
+        >>> of_another(jax.errors.JaxRuntimeError("UNAVAILABLE: Connection reset by peer"))
+        True
+        >>> of_another(ValueError("batch_size=0: allowed is a whole number >= 1."))
+        False
+    """
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return not str(error).startswith("RESOURCE_EXHAUSTED")
+    return isinstance(error, ValueError) and _COLLECTIVES.search(str(error)) is not None
 
 
 def stop(error: BaseException, own: tuple[type[BaseException], ...] = ()) -> NoReturn:
@@ -146,17 +167,30 @@ def stop(error: BaseException, own: tuple[type[BaseException], ...] = ()) -> NoR
 
     Args:
         error: why.
-        own: types of errors that a person can mend. What a collective raises when another
-            process is gone has no type of its own.
+        own: types of errors that a person can mend. Of what may be this program's own fault the
+            traceback is printed too.
     """
     mendable = isinstance(error, own)
-    if mendable:
+    if mendable or isinstance(error, ProcessError):
         text = str(error)
-    elif isinstance(error, ProcessError):
-        text = f"{error}"
     else:
+        lost = of_another(error)
+        if not (lost and (_COLLECTIVES.search(str(error)) or _NO_ANSWER.search(str(error)))):
+            traceback.print_exception(error)
         first = (str(error).strip().splitlines() or [""])[0]
-        text = f"another process stopped or cannot be reached ({type(error).__name__}: {first})"
+        what = f"{type(error).__name__}: {first}" if first else type(error).__name__
+        if lost:
+            text = f"another process stopped or cannot be reached ({what})"
+        else:
+            text = f"stopped with {what}"
     after = "" if mendable else _AFTER
-    print(f"dpfa: process {jax.process_index()}: {text}.{after}", file=sys.stderr, flush=True)
-    os._exit(2 if mendable else 3)
+    end = "" if text.endswith(".") else "."
+    print(f"dpfa: process {jax.process_index()}: {text}{end}{after}", file=sys.stderr)
+    end_now(2 if mendable else 3)
+
+
+def end_now(status: int) -> NoReturn:
+    """Ends this process without JAX's shutdown, which waits for the others for minutes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

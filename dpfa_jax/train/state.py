@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from dpfa_jax.optim import without_keys
+from dpfa_jax.parallel.processes import of_another
 from dpfa_jax.train.schema import ConfigError
 
 
@@ -50,30 +51,46 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: " + str(error).strip().split("\n")[0][:200]
+
+
 class Checkpoints:
-    """Orbax checkpoints of one run; a save is on disk when it returns."""
+    """Orbax checkpoints of one run; a save is on disk when it returns.
+
+    Raises:
+        ConfigError: where its folder cannot be made or listed, or what is there is damaged.
+    """
 
     def __init__(self, run_dir: Path):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
             enable_async_checkpointing=False,
-            create=True,
             # What a crash left half written was not released; it goes.
             cleanup_tmp_directories=True,
         )
         self._folder = (run_dir / "checkpoints").absolute()
         with self._reading():
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._manager = ocp.CheckpointManager(self._folder, options=options)
+            except OSError as error:  # of the folder or the disk; no checkpoint is opened here
+                raise ConfigError(
+                    f"{self._folder}: checkpoints cannot be kept there ({_why(error)})."
+                ) from error
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         """Whatever goes wrong with what is on the disk is one error that says so."""
         try:
             yield
+        except ConfigError:
+            raise
         except Exception as error:  # of Orbax, TensorStore, JSON, the file system, ...
-            why = str(error).strip().split("\n")[0][:200]
+            if jax.process_count() > 1 and of_another(error):
+                raise  # a process is lost, and no checkpoint
             raise ConfigError(
-                f"{self._folder}: a checkpoint cannot be read ({type(error).__name__}: {why}). "
+                f"{self._folder}: a checkpoint cannot be read ({_why(error)}). "
                 "Bring it back from a backup; what was released is charged and stays so."
             ) from error
 

@@ -67,8 +67,32 @@ def test_without_the_owners_leave_no_model_is_trained(tmp_path, capsys, monkeypa
     path.write_text(to_toml(small(training__steps=2)))
     assert cli.main(["audit", str(path), "--samples", "40"]) == 0
     assert "was not attacked" in capsys.readouterr().out
-    assert cli.main(["audit", str(path), "--only", "training"]) == 2
-    assert "not with a configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--only", "training"),
+        ("--implementation", "xla"),
+        ("--jobs", "1"),
+        ("--delta", "1e-5"),
+    ],
+)
+def test_options_that_a_configuration_has_no_use_for_are_refused(option, tmp_path, capsys):
+    path, figures = tmp_path / "c.toml", tmp_path / "new" / "audit.json"
+    path.write_text(to_toml(small(training__steps=2)))
+    assert cli.main(["audit", str(path), *option, "--json", str(figures)]) == 2
+    assert capsys.readouterr().err == f"dpfa: {option[0]}: not with a configuration.\n"
+    assert not figures.parent.exists()
+
+
+def test_a_bad_configuration_leaves_no_files(tmp_path, capsys):
+    path, figures, page = (tmp_path / n for n in ("c.toml", "audit.json", "audit.html"))
+    path.write_text(to_toml(small(privacy__epsilon=-3.0)))
+    assert cli.main(["audit", str(path), "--json", str(figures), "--html", str(page)]) == 2
+    assert "privacy.epsilon = -3.0" in capsys.readouterr().err
+    assert not figures.exists()
+    assert not page.exists()
 
 
 def test_what_is_planted():

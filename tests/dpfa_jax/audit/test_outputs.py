@@ -70,3 +70,25 @@ def test_timing_measures_every_input():
     rows = numerics.timing(2)
     assert {len(v) for v in rows.values()} == {6}
     assert all(row["median_us"] > 0 for v in rows.values() for row in v)
+    assert all(0 <= row["p_against_first"] <= 1 for v in rows.values() for row in v)
+    assert {name: [row["input"] for row in v] for name, v in rows.items()} == {
+        "attention, records, xla": [
+            "all records",
+            "one record less",
+            "one record",
+            "a NaN record",
+            "a long record",
+            "subnormal values",
+        ],
+        "clipped_grad, auto": [
+            "all examples",
+            "one example less",
+            "no example",
+            "a NaN example",
+            "a long gradient",
+            "subnormal inputs",
+        ],
+        "clipped_grad, microbatches of 16, 64 rows": [
+            f"{count} examples" for count in (64, 63, 49, 48, 16, 0)
+        ],
+    }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dpfa_jax import keys
+from dpfa_jax import cli, keys
 from dpfa_jax.bench import decoder, scaling, scaling_attention, scaling_model, scaling_plot
 from dpfa_jax.bench.timing import BenchError, Plan
 
@@ -78,6 +78,22 @@ def test_a_case_is_measured_and_shown(tmp_path, monkeypatch):
     assert "same bits" in screen.getvalue()
 
 
+def test_a_case_without_a_profile_says_why(monkeypatch):
+    def broken(_):
+        raise RuntimeError("CUPTI is not there\nmore")
+
+    monkeypatch.setattr(scaling, "collective_times", broken)
+    small = dataclasses.replace(decoder.SMALL, layers=1, accumulate=1)
+    cell = scaling.measure_case(scaling.make_case("small", small, "dp", "weak", 1), QUICK)
+    assert cell["collective_seconds"] is None
+    assert cell["profile_error"] == "RuntimeError: CUPTI is not there"
+    scaling.judge([cell])
+    screen = io.StringIO()
+    facts = {"card": "x", "versions": {"jax": "0"}, "date": "today", "cells": [cell]}
+    scaling.print_result(facts, Console(file=screen, width=140))
+    assert "no profile: RuntimeError: CUPTI is not there" in screen.getvalue()
+
+
 def test_the_plot_has_a_line_for_each_kind_of_scaling():
     cells = [
         {"model": "gpt2", "layout": layout, "mode": "weak", "devices": n, "share": 0.9}
@@ -94,6 +110,17 @@ def test_the_plot_has_a_line_for_each_kind_of_scaling():
     assert drawn["gpt2, dp, weak"] == [[1.0, 1.0], [2.0, 1.8], [4.0, 3.6]]
     assert set(drawn) == {"ideal", "gpt2, dp, weak", "gpt2, fsdp, weak"}
     assert attention.lines[1].get_xydata()[2].tolist() == [4.0, 3.8]
+
+
+@pytest.mark.parametrize("devices", ["x", "1,,2", "", "0", "-1", "1.5", "²"])
+def test_devices_that_are_no_numbers_are_one_clear_line(devices, capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(["bench", "scaling", f"--devices={devices}"])
+    assert status.value.code == 2
+    assert (
+        f"argument --devices: {devices!r}: allowed are whole numbers >= 1 with commas"
+        in capsys.readouterr().err
+    )
 
 
 def test_strong_scaling_divides_the_batch():

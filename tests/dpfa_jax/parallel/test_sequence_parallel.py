@@ -110,6 +110,25 @@ def test_inside_shard_map_it_is_refused():
         jax.eval_shape(mapped, jnp.ones((1, 600, 2, 8)), KEY)
 
 
+@pytest.mark.parametrize("way", ["shard_map", "pmap"])
+def test_inside_a_map_over_any_axis_it_is_refused(way):
+    """Also over one that the call does not name."""
+
+    def local(q, rng):
+        return dp_sequence_parallel_attention(
+            q, q, q, mesh=mesh(), axis="keys", privacy=RECORD, rng=rng
+        )
+
+    q = jnp.ones((1, 600, 2, 8))
+    other = jax.make_mesh((1,), ("other",))
+    if way == "shard_map":
+        mapped = jax.shard_map(local, mesh=other, in_specs=(jax.P(), jax.P()), out_specs=jax.P())
+    else:
+        mapped, q = jax.pmap(local, axis_name="other", in_axes=(0, None)), q[None]
+    with pytest.raises(ValueError, match=r"inside shard_map or pmap over \['other'\]"):
+        jax.eval_shape(mapped, q, KEY)
+
+
 def test_vmap_gives_every_lane_its_own_noise():
     q = jnp.zeros((3, 1, 4, 2, 8))
     k = jnp.zeros((1, 600, 2, 8))

@@ -149,8 +149,6 @@ def backward(
             logits, seen = _logits(q, k, rows, chunk, lengths, spec)
             by_row = (x.transpose(0, 2, 3, 1)[..., None] for x in (row_lse, row_delta))
             row_lse, row_delta = by_row
-            if spec.is_noisy:
-                seen = ~jnp.isnan(logits) if seen is None else seen & ~jnp.isnan(logits)
             p, free = tile.probabilities(spec, logits, row_lse)
             p = tile.hide(p, seen, 0.0)
             ds = tile.hide(p * (_product("btkgh,bskh->bkgts", do, v) - row_delta), free, 0.0)

@@ -70,6 +70,20 @@ def probabilities(
     return jnp.exp(logits - lse), free
 
 
+def logit_gradient(
+    spec: AttentionSpec,
+    logits: jax.Array,
+    d_weights: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    seen: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Weights p and the scaled logits' gradient, p (dp − delta) where x was left alone."""
+    p, free = probabilities(spec, logits, lse)
+    p = hide(p, seen, 0.0)
+    return p, hide(p * (d_weights - delta), free, 0.0)
+
+
 def fixed_point(sums: jax.Array, unit: float) -> jax.Array:
     """``sums`` in multiples of ``unit``, a power of two, as int32."""
     return jnp.round(sums * (1.0 / unit)).astype(jnp.int32)

@@ -149,11 +149,8 @@ def backward(
             logits, seen = _logits(q, k, rows, chunk, lengths, spec)
             by_row = (x.transpose(0, 2, 3, 1)[..., None] for x in (row_lse, row_delta))
             row_lse, row_delta = by_row
-            if spec.is_noisy:
-                seen = ~jnp.isnan(logits) if seen is None else seen & ~jnp.isnan(logits)
-            p, free = tile.probabilities(spec, logits, row_lse)
-            p = tile.hide(p, seen, 0.0)
-            ds = tile.hide(p * (_product("btkgh,bskh->bkgts", do, v) - row_delta), free, 0.0)
+            d_weights = _product("btkgh,bskh->bkgts", do, v)
+            p, ds = tile.logit_gradient(spec, logits, d_weights, row_lse, row_delta, seen)
             short = ds.astype(q.dtype)
             dq = dq.at[i].add(_product("bkgts,bskh->btkgh", short, k))
             dk = dk + _product("bkgts,btkgh->bskh", short, q)
@@ -167,9 +164,7 @@ def backward(
     dq, parts = jax.lax.scan(one_chunk, jnp.zeros(q_all.shape, jnp.float32), chunks)
     dk, dv = (jnp.moveaxis(x, 0, 1).reshape(k_all.shape)[:, :num_keys] for x in parts)
     dq = jnp.moveaxis(dq, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])[:, :num_rows]
-    if value_scale is not None:
-        scale = value_scale.swapaxes(1, 2)[..., None]
-        dv = common.through_clip(dv, value.astype(jnp.float32), scale, spec.value_clip)
+    dv = common.value_gradient(dv, value, value_scale, spec)
     return dq * jnp.float32(spec.scale), dk * jnp.float32(spec.scale), dv
 
 

@@ -107,6 +107,20 @@ def through_clip(
     return scale * (d - jnp.where(scale < 1.0, clipped * along, 0.0))
 
 
+def value_gradient(
+    d_clipped: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    value_scale: Float32[Array, "b k s"] | None,
+    spec: AttentionSpec,
+) -> Float[Array, "b s k h"]:
+    """:func:`through_clip` for the values of a call, in ``d_clipped``'s dtype; None clips none."""
+    if value_scale is None:
+        return d_clipped
+    scale = value_scale.swapaxes(1, 2)[..., None]
+    d, rows = (x.astype(jnp.float32) for x in (d_clipped, value))
+    return through_clip(d, rows, scale, spec.value_clip).astype(d_clipped.dtype)
+
+
 def clip_rows(value: Float[Array, "*b h"], bound: float) -> Float32[Array, "*b h"]:
     """Rows times :func:`row_scales`, in float32; rows that are not finite are zero."""
     value = value.astype(jnp.float32)
@@ -177,12 +191,6 @@ def bounded_weights(
     # exp of a number <= 0 may round above 1 on some device: the sensitivity counts on 1.
     weights = jnp.minimum(jnp.exp(jnp.where(free, logits, bound) - bound), 1.0)
     return jnp.where(seen, weights, 0.0)
-
-
-def finite_logits(logits: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
-    """NaN and −inf become a very small logit, +inf a very large one (noisy modes only)."""
-    logits = jnp.where(jnp.isnan(logits), -1e30, logits)
-    return jnp.clip(logits, -1e30, 1e30)
 
 
 def _round_to_grid(x: jax.Array, spacing: float) -> jax.Array:

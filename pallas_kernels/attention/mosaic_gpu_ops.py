@@ -144,7 +144,7 @@ def exp2_and_sum(
 
 
 def finite(logits: jax.Array) -> jax.Array:
-    """``common.finite_logits`` of a tile (``TILE``) in two instructions an element."""
+    """``tile.sequence_logits`` of a tile (``TILE``) in two instructions an element."""
     asm = "{ .reg .f32 x; max.f32 x, $1, $2; min.f32 $0, x, $3; }"  # of NaN and y: y
 
     @plgpu.inline_mgpu(

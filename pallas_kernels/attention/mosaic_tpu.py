@@ -216,7 +216,7 @@ def _forward_kernel(
         v = v_ref[0, 0]
         x = product(q_ref[0, 0], k_ref[0, 0], (1, 1)) * spec.scale
         if spec.mode == "record":
-            w = tile.hide(tile.record_weights(x, spec.logit_bound), seen, 0.0)
+            w = common.bounded_weights(x, spec.logit_bound, seen)
             sums[...] += tile.fixed_point(product(w.astype(v.dtype), v, (1, 0)), sum_unit)
             total[...] += tile.fixed_point(jnp.sum(w, axis=1, keepdims=True), weight_unit)
             return

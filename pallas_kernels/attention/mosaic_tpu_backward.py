@@ -62,26 +62,7 @@ def backward(
     dq = _query_gradient(operands, tiling, interpret)
     dq, dk, dv = (jnp.swapaxes(x, 1, 2) for x in (dq, dk, dv))
     dq, dk, dv = dq[:, :num_rows], dk[:, :num_keys], dv[:, :num_keys]
-    if value_scale is not None:
-        scale = value_scale.swapaxes(1, 2)[..., None]
-        d_clipped, rows = (x.astype(jnp.float32) for x in (dv, value))
-        dv = common.through_clip(d_clipped, rows, scale, spec.value_clip).astype(dv.dtype)
-    return dq, dk, dv
-
-
-def _logit_gradient(
-    spec: AttentionSpec,
-    x: jax.Array,
-    dp: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    seen: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Weights p and the gradient of the scaled logits, p (dp − delta) where x was left alone."""
-    p, free = tile.probabilities(spec, x, lse)
-    p = tile.hide(p, seen, 0.0)
-    ds = p * (dp - delta)
-    return p, tile.hide(ds, free, 0.0)
+    return dq, dk, common.value_gradient(dv, value, value_scale, spec)
 
 
 def _key_gradients(
@@ -161,7 +142,7 @@ def _key_kernel(
         q, do = q_ref[0, 0], do_ref[0, 0]
         x = product(k_ref[0, 0], q, (1, 1)) * spec.scale
         dp = product(v_ref[0, 0], do, (1, 1))
-        p, ds = _logit_gradient(spec, x, dp, lse_ref[0, 0], delta_ref[0, 0], seen)
+        p, ds = tile.logit_gradient(spec, x, dp, lse_ref[0, 0], delta_ref[0, 0], seen)
         dv_sum[...] += product(p.astype(do.dtype), do, (1, 0))
         dk_sum[...] += product(ds.astype(q.dtype), q, (1, 0))
 
@@ -245,7 +226,7 @@ def _query_kernel(
         k = k_ref[0, 0]
         x = product(q_ref[0, 0], k, (1, 1)) * spec.scale
         dp = product(do_ref[0, 0], v_ref[0, 0], (1, 1))
-        _, ds = _logit_gradient(spec, x, dp, lse[...], delta[...], seen)
+        _, ds = tile.logit_gradient(spec, x, dp, lse[...], delta[...], seen)
         dq_sum[...] += product(ds.astype(k.dtype), k, (1, 0))
 
     tiling.visit(i, first + step, length, first + step <= last, 0, add)

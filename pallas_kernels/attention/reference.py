@@ -7,7 +7,7 @@ with it, and it is compared with a float64 NumPy oracle in the tests.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import common
+from pallas_kernels.attention import common, tile
 from pallas_kernels.attention.common import Noise
 from pallas_kernels.attention.spec import AttentionSpec
 
@@ -49,7 +49,7 @@ def attention(
 
     if spec.mode == "sequence":
         v = common.clip_rows(v, spec.value_clip)
-        logits = common.finite_logits(logits)
+        logits = tile.sequence_logits(logits)
     shifted = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
     # A row that sees nothing gives zero, not NaN.
     top = jnp.max(shifted, axis=-1, keepdims=True)

@@ -44,15 +44,6 @@ def hide(tile: jax.Array, seen: jax.Array | None, value: float) -> jax.Array:
     return tile if seen is None else jnp.where(seen, tile, value)
 
 
-def record_weights(logits: jax.Array, bound: float) -> jax.Array:
-    """min(exp(x − U), 1), which is exp(min(x, U) − U); NaN counts as U.
-
-    One comparison does the bound, NaN, and an exp that rounds up above 1.
-    """
-    weights = jnp.exp(logits - bound)
-    return jnp.where(weights < 1.0, weights, 1.0)
-
-
 def sequence_logits(logits: jax.Array) -> jax.Array:
     """NaN and −inf become −1e30, +inf becomes 1e30."""
     return jnp.clip(jnp.where(jnp.isnan(logits), -LARGEST, logits), -LARGEST, LARGEST)
@@ -63,16 +54,34 @@ def probabilities(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Weights p = exp(x − lse) with x bounded as in the forward pass, and where it was not.
 
-    Only where x was left alone a gradient reaches it; None means everywhere.
+    Only where x was left alone a gradient reaches it; None means everywhere. In record mode
+    NaN has no weight, as in :func:`common.bounded_weights`.
     """
     free = None
-    if spec.mode == "record" and spec.bound_logits:
-        free = logits < spec.logit_bound
-        logits = jnp.where(free, logits, spec.logit_bound)
-    elif spec.mode == "sequence":
+    if spec.mode == "record":
+        bounded = logits
+        if spec.bound_logits:
+            free = logits < spec.logit_bound
+            bounded = jnp.where(free, logits, spec.logit_bound)
+        return jnp.where(jnp.isnan(logits), 0.0, jnp.exp(bounded - lse)), free
+    if spec.mode == "sequence":
         free = jnp.abs(logits) < LARGEST
         logits = sequence_logits(logits)
     return jnp.exp(logits - lse), free
+
+
+def logit_gradient(
+    spec: AttentionSpec,
+    logits: jax.Array,
+    d_weights: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    seen: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Weights p and the scaled logits' gradient, p (dp − delta) where x was left alone."""
+    p, free = probabilities(spec, logits, lse)
+    p = hide(p, seen, 0.0)
+    return p, hide(p * (d_weights - delta), free, 0.0)
 
 
 def fixed_point(sums: jax.Array, unit: float) -> jax.Array:

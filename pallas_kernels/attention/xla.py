@@ -12,7 +12,7 @@ record mode the sum over the keys has the fixed shape of
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import common
+from pallas_kernels.attention import common, tile
 from pallas_kernels.attention.common import Noise
 from pallas_kernels.attention.spec import AttentionSpec
 
@@ -93,7 +93,7 @@ def _chunk(
         return out.astype(query.dtype)
 
     if spec.mode == "sequence":
-        logits = common.finite_logits(logits)
+        logits = tile.sequence_logits(logits)
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True)

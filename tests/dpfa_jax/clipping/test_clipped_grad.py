@@ -1,6 +1,8 @@
-"""``clipped_grad`` against gradients taken one example at a time and clipped in float64."""
+"""``clipped_grad`` against gradients taken one example at a time and clipped in float64.
 
-import flax.linen as nn
+Flax models are in test_engines.py.
+"""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +47,7 @@ def assert_trees_close(actual, expected, tolerance=2e-5):
         np.testing.assert_allclose(np.asarray(x), y, rtol=0, atol=tolerance * largest)
 
 
-# --- three models ----------------------------------------------------------------------
+# --- a model ---------------------------------------------------------------------------
 
 
 def mlp():
@@ -85,54 +87,6 @@ def mlp_gradient64(params, x, y):
     }
 
 
-class Decoder(nn.Module):
-    """One causal block over bytes; the embedding is used twice (tied output)."""
-
-    @nn.compact
-    def __call__(self, tokens):
-        embed = nn.Embed(11, 8)
-        h = embed(tokens) + self.param("position", nn.initializers.normal(0.1), (6, 8))
-        mask = nn.make_causal_mask(tokens)
-        h = h + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(h), mask=mask)
-        h = h + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(h))))
-        return embed.attend(nn.LayerNorm()(h))
-
-
-class CNN(nn.Module):
-    @nn.compact
-    def __call__(self, image):
-        h = nn.relu(nn.Conv(4, (3, 3), strides=2)(image))
-        return nn.Dense(3)(nn.relu(nn.Conv(5, (3, 3))(h)).reshape(-1))
-
-
-def decoder_case():
-    tokens = np.random.default_rng(1).integers(0, 11, (BATCH, 7))
-    tokens = jnp.asarray(tokens, jnp.int32)
-    model = Decoder()
-    params = jax.jit(model.init)(jax.random.key(0), tokens[0, :-1])["params"]
-
-    def loss(params, row):
-        logits = model.apply({"params": params}, row[:-1])
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), row[1:, None], axis=-1)
-        return -jnp.mean(picked)
-
-    return loss, (params, tokens), (1,)
-
-
-def cnn_case():
-    rng = np.random.default_rng(2)
-    images = rng.normal(size=(BATCH, 8, 8, 2)) * np.geomspace(0.1, 10, BATCH)[:, None, None, None]
-    images = jnp.asarray(images, jnp.float32)
-    labels = jnp.asarray(rng.integers(0, 3, BATCH), jnp.int32)
-    model = CNN()
-    params = jax.jit(model.init)(jax.random.key(1), images[0])["params"]
-
-    def loss(params, image, label):
-        return -jax.nn.log_softmax(model.apply({"params": params}, image))[label]
-
-    return loss, (params, images, labels), (1, 2)
-
-
 # --- the sum ---------------------------------------------------------------------------
 
 
@@ -156,18 +110,6 @@ def test_mlp_against_float64_backpropagation(l2_clip_norm, microbatch_size):
         microbatch_size=microbatch_size,
     )
     assert_trees_close(jax.jit(grad)(params, x, y), expected)
-
-
-@pytest.mark.parametrize("case", [decoder_case, cnn_case])
-def test_flax_models_against_one_example_at_a_time(case):
-    loss, args, batch_argnums = case()
-    _, norms = brute_force(loss, args, batch_argnums, 1.0)
-    l2_clip_norm = float(np.median(norms)) * 1.001  # about half are clipped
-    expected, _ = brute_force(loss, args, batch_argnums, l2_clip_norm)
-    grad = clipped_grad(
-        loss, l2_clip_norm=l2_clip_norm, batch_argnums=batch_argnums, microbatch_size=3
-    )
-    assert_trees_close(jax.jit(grad)(*args), expected)
 
 
 def test_tied_parameter_is_clipped_by_its_whole_gradient():

@@ -91,9 +91,16 @@ def race(where, rounds, runners):
     """Who gets the last unit of a budget, in each round."""
     winners = []
     ledger = Ledger(where)
-    event = dp_accounting.GaussianDpEvent(10.0)
+    event = dp_accounting.GaussianDpEvent(100.0)  # Quick to account for.
     four, five = (Accountant("add_remove").compose(event, n).epsilon(1e-5) for n in (4, 5))
     between_4_and_5 = (four + five) / 2
+    # Refused once here: the forks inherit what a refusal loads to say so.
+    ledger.open_budget("warm", epsilon=1e-3, delta=1e-5, adjacency="add_remove", unit="u")
+    try:
+        ledger.charge("warm", "too much", event)
+        raise AssertionError("it does not fit")
+    except BudgetExceededError as refused:
+        str(refused)
     for number in range(int(rounds)):
         scope = f"round {number}"
         ledger.open_budget(

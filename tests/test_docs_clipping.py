@@ -11,6 +11,7 @@ RECORD = PAGE.parents[1] / "benchmarks" / "results" / "2026-11-23_cpu_clipping.j
 
 
 ON_GPU = PAGE.parents[1] / "benchmarks" / "results" / "2026-11-23_h100_clipping.json"
+LATER = ON_GPU.with_name("2026-11-23_h100_clipping_rerun.json")
 WITH_OPACUS = ON_GPU.with_name("2026-11-23_h100_clipping_opacus.json")
 
 
@@ -62,6 +63,13 @@ def test_the_table_is_that_of_the_h100():
     verdicts = [t for t in clipping.judge(record["cells"]) if t["share"] is not None]
     assert len(verdicts) == 4
     assert all(t["must_reached"] and t["memory_must_reached"] for t in verdicts)
+
+
+def test_the_later_run():
+    (cell,) = json.loads(LATER.read_text())["cells"]
+    (ours,) = (e for e in cell["versions"] if e["name"] == steps.OURS)
+    figures = "{:.2f} [{:.2f}, {:.2f}]".format(ours["share"], *ours["interval"])
+    assert f"after a later change ([Rounding](#rounding)): {figures}" in PAGE.read_text("utf-8")
 
 
 def test_opacus_beside_it():

@@ -18,7 +18,7 @@ from dpfa_jax.train import loop
 from dpfa_jax.train.config import parse_config
 
 COMMAND = [sys.executable, "-m", "dpfa_jax.cli", "train"]
-STEPS = 12
+STEPS = 8
 TABLE = small(training__steps=STEPS, training__checkpoint_every=1, privacy__reproducible_seed=5)
 LINE = re.compile(r"private: step (\d+)/\d+, validation loss ([\d.]+)")
 

@@ -50,8 +50,17 @@ def shapes_of(shape, dtype, mode):
     return query, key, scale, noise, lengths, stat
 
 
-@pytest.mark.parametrize("card", ["a100", "h100", "rtx4090"])
-@pytest.mark.parametrize("name", CASES)
+# All for one card. The others differ in shared memory, which the widest and the float32 ones
+# need most; on Hopper these are also what the Triton kernels are taken for.
+COMPILED = [
+    (name, card)
+    for name in CASES
+    for card in ("a100", "h100", "rtx4090")
+    if card == "a100" or "D=256" in name or "float32" in name
+]
+
+
+@pytest.mark.parametrize(("name", "card"), COMPILED)
 def test_compiles(offline, name, card):
     shape, dtype, mode, options = CASES[name]
     spec = make_spec(mode, shape[-1], **options)

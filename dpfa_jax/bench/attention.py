@@ -168,17 +168,20 @@ def _in_processes(
         )
         process.start()
         processes.append(process)
+    came: dict[int, dict[str, Any] | None] = {}
     try:
-        for _ in tasks:
-            while True:
+        for number in range(len(tasks)):
+            # Measured in order; what two processes send may arrive in another.
+            while number not in came:
                 try:
-                    yield results.get(timeout=1.0)
-                    break
+                    later, cell = results.get(timeout=1.0)
+                    came[later] = cell
                 except queue.Empty:
                     if any(p.exitcode not in (None, 0) for p in processes):
                         raise BenchError(
                             "a process of the bench died; its last lines are above."
                         ) from None
+            yield number, came.pop(number)
     finally:
         for process in processes:
             process.kill()

@@ -92,9 +92,18 @@ def compile_for(offline, chip, case, direction, blocks=None):
     return run.trace(*operands).lower(lowering_platforms=("tpu",)).compile()
 
 
+# Every chip takes what is large or unaligned; the oldest small one and the newest all of it.
+SMALL = ("record, few rows", "sequence, D=128, Threefry", "exact, float32, D=64")
+COMPILED = [
+    (chip, name)
+    for chip in CHIPS
+    for name in CASES
+    if name not in SMALL or chip in ("v5e:2x2", "tpu7x:2x2x1")
+]
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("chip", "name"), COMPILED)
 def test_compiles(offline, chip, name, direction):
     compiled = compile_for(offline, chip, CASES[name], direction)
     kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')

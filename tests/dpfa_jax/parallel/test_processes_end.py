@@ -3,20 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from ended import Ended, end_is_raised  # noqa: F401
 
 from dpfa_jax.parallel import processes
 
-
-class Ended(BaseException):
-    """In place of the process's end."""
-
-
-@pytest.fixture(autouse=True)
-def _end_is_raised(monkeypatch):
-    def end(status):
-        raise Ended(status)
-
-    monkeypatch.setattr(processes.os, "_exit", end)
+pytestmark = pytest.mark.usefixtures("end_is_raised")
 
 
 def raise_and_stop(error, own):

@@ -1,6 +1,7 @@
 """``dpfa train`` as one of several processes: how it begins and how it ends."""
 
 import pytest
+from ended import Ended, end_is_raised  # noqa: F401
 from small_runs import small, to_toml
 
 from dpfa_jax import cli
@@ -11,16 +12,7 @@ from dpfa_jax.train.schema import ConfigError
 INTERRUPTED = "dpfa: interrupted; the same command continues from the last checkpoint.\n"
 
 
-class Ended(BaseException):
-    """In place of the process's end."""
-
-
-@pytest.fixture(autouse=True)
-def _end_is_raised(monkeypatch):
-    def end(status):
-        raise Ended(status)
-
-    monkeypatch.setattr(processes.os, "_exit", end)
+pytestmark = pytest.mark.usefixtures("end_is_raised")
 
 
 @pytest.fixture

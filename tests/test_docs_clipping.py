@@ -12,6 +12,7 @@ RECORD = PAGE.parents[1] / "benchmarks" / "results" / "2026-11-23_cpu_clipping.j
 
 ON_GPU = PAGE.parents[1] / "benchmarks" / "results" / "2026-11-23_h100_clipping.json"
 LATER = ON_GPU.with_name("2026-11-23_h100_clipping_rerun.json")
+PEERS = ON_GPU.with_name("2026-11-23_h100_clipping_peers.json")
 WITH_OPACUS = ON_GPU.with_name("2026-11-23_h100_clipping_opacus.json")
 
 
@@ -86,3 +87,23 @@ def test_opacus_beside_it():
         assert peer["share"] < entries[steps.OURS]["share"]
     assert "{:.2f} and {:.2f} of the throughput of JAX's".format(*private) in text
     assert "{:.2f} and {:.2f} of PyTorch's own".format(*own) in text
+
+
+def test_the_peers_of_another_run():
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    short, long, large = (
+        {e["name"]: e for e in cell["versions"]} for cell in json.loads(PEERS.read_text())["cells"]
+    )
+    optax = [cell["optax vmap"] for cell in (short, long)]
+    ours = [cell[steps.OURS]["share"] for cell in (short, long)]
+    assert (
+        "reached {:.2f} (T = 256, {:.2f} of the memory) and {:.2f} (T = 1024), where ours was "
+        "{:.2f} and {:.2f}".format(optax[0]["share"], optax[0]["memory"], optax[1]["share"], *ours)
+    ) in text
+    best = max(
+        (e for n, e in large.items() if n.startswith("jax_privacy")), key=lambda e: e["share"]
+    )
+    assert (
+        "a quarter: {:.2f} with {:.2f} of the memory".format(best["share"], best["memory"]) in text
+    )
+    assert best["name"].endswith("1/4")

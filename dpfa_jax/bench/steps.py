@@ -139,6 +139,7 @@ VERSIONS: tuple[Version, ...] = (
     Version("dpfa per_layer", _ours("per_layer", _whole), "dpfa"),
     Version("dpfa vmap, microbatch of 1/4", _ours("vmap", lambda s: s.batch // 4 or 1), "dpfa"),
     Version("jax_privacy, whole batch", _jax_privacy(1), "threefry", True),
+    Version("jax_privacy, microbatch of 1/2", _jax_privacy(2), "threefry"),
     Version("jax_privacy, microbatch of 1/4", _jax_privacy(4), "threefry", True),
     Version("jax_privacy, microbatch of 1/16", _jax_privacy(16), "threefry"),
     Version("optax vmap", _optax, "threefry"),

@@ -308,17 +308,17 @@ def denominator_noise(
     rounds: prng.Rounds,
     first_head: jax.Array | int = 0,
 ) -> Float32[Array, "b t n"]:
-    """Standard normals for the sum of weights: column 0 of a tile of its own key."""
+    """Standard normals for the sum of weights: :func:`prng.normal_of_row`, of its own key."""
     child = prng.derive_key(key_words, DENOMINATOR)
-    zero = jnp.uint32(0)
+    row = rows[None, :, None]
     counters = (
-        zero,
-        rows[None, :, None],
+        jnp.uint32(0),
+        row >> jnp.uint32(4),
         prng.head_counters(first_head, heads)[None, None, :],
         batch[:, None, None],
     )
     words = prng.chacha_block(child, counters, rounds=rounds)
-    return prng.box_muller(words[0], words[1])[0]
+    return prng.normal_of_row(words, row)
 
 
 def _times(noise: jax.Array, std: float) -> jax.Array:

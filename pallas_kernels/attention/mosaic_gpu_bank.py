@@ -27,17 +27,33 @@ from pallas_kernels.attention.mosaic_gpu_registers import (
     TILE,
 )
 
+# 1.5·2²³: a float32 of this size has its last bit at 1. And its bits.
+_MAGIC, _MAGIC_BITS = 12582912.0, 0x4B400000
 
-def bank_zero(bank: Any, row_bank: Any, warpgroup: jax.Array) -> None:
-    """Zeroes the words of ``bank`` that this thread will read, and its row of ``row_bank``."""
+
+# √(−2 ln 2⁻⁴¹), the largest Gaussian of ``prng.box_muller``, and a little.
+_LARGEST_NORMAL = 7.6
+
+
+def is_magic(factor: float) -> bool:
+    """Whether :func:`normals` leaves ``_MAGIC_BITS`` in its integers: none is above 2²²."""
+    return factor * _LARGEST_NORMAL < 2.0**22
+
+
+def bank_zero(bank: Any, row_bank: Any, warpgroup: jax.Array, *, magic: bool) -> None:
+    """Zeroes the words of ``bank`` that this thread will read, and its row of ``row_bank``.
+
+    ``magic``: the words begin at what takes the constant off that the noise will bring.
+    """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def run(_, bank, row_bank, warpgroup):
         i32 = ir.IntegerType.get_signless(32)
         own, zero = warpgroup.registers[()], regs.constant(i32, 0)
         address, words = _bank_words(bank, own)
+        start = regs.constant(i32, -_MAGIC_BITS) if magic else zero
         for word in range(words):
-            _shared(f"st.shared.u32 [$0 + {512 * word}], $1;", address, zero)
+            _shared(f"st.shared.u32 [$0 + {512 * word}], $1;", address, start)
         # The threads that hold a row, one of which adds to it later.
         address = _row_address(row_bank, own)
         _shared("st.shared.u32 [$0], $1;", address, zero)
@@ -222,8 +238,14 @@ def store_keys(words: tuple[jax.Array, ...], keys: Any) -> None:
     run(words, keys)
 
 
-def normals(words: tuple[jax.Array, ...], *, factor: float) -> tuple[jax.Array, ...]:
+def normals(
+    words: tuple[jax.Array, ...], *, factor: float, magic: bool = False
+) -> tuple[jax.Array, ...]:
     """``factor`` times a Gaussian for each word, to the nearest int32.
+
+    With ``magic``, which needs :func:`is_magic`, ``_MAGIC_BITS`` more: an addition of floats
+    leaves the integer in the low bits, where a conversion takes a multiplication and a unit
+    that exponentials wait for.
 
     The Gaussians are those of ``prng.box_muller`` on word pairs, with the hardware's
     approximations (absolute error of sine, cosine and logarithm about 2⁻²⁰).
@@ -233,7 +255,8 @@ def normals(words: tuple[jax.Array, ...], *, factor: float) -> tuple[jax.Array, 
     @plgpu.inline_mgpu(arg_types=((THREADS,) * len(words),), return_type=(kind,) * len(words))
     def run(_, words):
         bits = [w.registers.flat[0] for w in words]
-        values = [x for p in range(0, len(bits), 2) for x in _box_muller(*bits[p : p + 2], factor)]
+        pairs = [bits[p : p + 2] for p in range(0, len(bits), 2)]
+        values = [x for pair in pairs for x in _box_muller(*pair, factor, magic)]
         return tuple(
             regs.with_register(word, value) for word, value in zip(words, values, strict=True)
         )
@@ -259,18 +282,46 @@ def add_noise(
     run(values, word, bank)
 
 
-def add_row_noise(values: jax.Array, bank: Any) -> None:
-    """Adds thread t's value to word t of ``bank`` [128]."""
+def add_row_noise(
+    values: tuple[jax.Array, ...], first: jax.Array, bank: Any, *, rows: int, spare: int
+) -> None:
+    """Adds a lane's sixteen values to the words ``first`` + 16·lane, ... of ``bank``. For one warp.
 
-    @plgpu.inline_mgpu(arg_types=(THREADS, plgpu.RefType()))
-    def run(_, values, bank):
+    Those that are below 0 or not below ``rows`` go to the word ``spare``, which nobody reads.
+    """
+
+    @plgpu.inline_mgpu(arg_types=((THREADS,) * len(values), plgpu.Layout.WG_SPLAT, plgpu.RefType()))
+    def run(_, values, first, bank):
         i32 = ir.IntegerType.get_signless(32)
         base = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(bank))
-        address = arith.addi(base, arith.muli(regs.thread(), regs.constant(i32, 4)))
-        value = regs.scalar(values.registers.flat[0])
-        _shared("red.shared.add.u32 [$0], $1;", address, value)
+        lane = arith.andi(regs.thread(), regs.constant(i32, 31))
+        first = arith.addi(first.registers[()], arith.muli(lane, regs.constant(i32, 16)))
+        for i, value in enumerate(values):
+            word = arith.addi(first, regs.constant(i32, i))
+            is_row = arith.cmpi(arith.CmpIPredicate.ult, word, regs.constant(i32, rows))
+            word = arith.select(is_row, word, regs.constant(i32, spare))
+            address = arith.addi(base, arith.muli(word, regs.constant(i32, 4)))
+            add = "red.shared.add.u32 [$0], $1;"
+            _shared(add, address, regs.scalar(value.registers.flat[0]))
 
-    run(values, bank)
+    run(values, first, bank)
+
+
+def warp() -> jax.Array:
+    """The number of the thread's warp in its warpgroup: a scalar that warps differ in.
+
+    What depends on it must not make all threads of the warpgroup meet.
+    """
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT))
+    def run(_):
+        i32 = ir.IntegerType.get_signless(32)
+        # Read each time: kept from the beginning, it would take a register from all warps.
+        asm = "{ .reg .b32 t; mov.u32 t, %tid.x; bfe.u32 $0, t, 5, 2; }"
+        number = llvm.inline_asm(i32, [], asm, "=r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(number, (), is_signed=True)
+
+    return run()
 
 
 def _bank_order(sums):
@@ -355,8 +406,8 @@ def _magic(unit):
     return float(value), int(value.view(np.int32))
 
 
-def _box_muller(radius_word, angle_word, factor):
-    """``factor`` times two Gaussians, to the nearest int32."""
+def _box_muller(radius_word, angle_word, factor, magic):
+    """``factor`` times two Gaussians, to the nearest int32; plus ``_MAGIC_BITS`` with ``magic``."""
     i32 = ir.IntegerType.get_signless(32)
     f32 = ir.F32Type.get()
     # ln u = ln 2 · lg2 u; the factor goes under the root.
@@ -364,19 +415,25 @@ def _box_muller(radius_word, angle_word, factor):
         regs.scalar(radius_word),
         regs.scalar(angle_word),
         regs.constant(f32, -2.0 * math.log(2.0) * factor**2),
+        regs.constant(f32, _MAGIC),
     ]
+    to_integer = "mul.ftz.f32 x, x, u; cvt.rni.s32.f32 {out}, x;"
+    if magic:
+        to_integer = "fma.rn.ftz.f32 x, x, u, $5; mov.b32 {out}, x;"
     values = llvm.inline_asm(
         llvm.StructType.get_literal((i32, i32)),
         operands,
         "{ .reg .f32 u, x, a; .reg .b32 w;"
-        " and.b32 w, $3, 255; cvt.rn.f32.u32 u, w;"
-        " fma.rn.ftz.f32 u, u, 0f2B800000, 0f2B000000;"  # (low + 1/2) 2^-40
+        # (low + 1/2) 2^-40, low the last 8 bits: put into the mantissa of 2^-17, and that less
+        # 2^-41 subtracted.
+        " and.b32 w, $3, 255; or.b32 w, w, 0x37000000; mov.b32 u, w;"
+        " sub.rn.ftz.f32 u, u, 0f36FFFFFF;"
         " cvt.rn.f32.u32 x, $2; fma.rn.ftz.f32 u, x, 0f2F800000, u;"  # 2^-32
         " lg2.approx.ftz.f32 u, u; mul.ftz.f32 u, u, $4; sqrt.approx.ftz.f32 u, u;"
         " shr.u32 w, $3, 8; cvt.rn.f32.u32 a, w; mul.ftz.f32 a, a, 0f34C90FDB;"  # 2 pi / 2^24
-        " cos.approx.ftz.f32 x, a; mul.ftz.f32 x, x, u; cvt.rni.s32.f32 $0, x;"
-        " sin.approx.ftz.f32 x, a; mul.ftz.f32 x, x, u; cvt.rni.s32.f32 $1, x; }",
-        "=r,=r,r,r,f",
+        f" cos.approx.ftz.f32 x, a; {to_integer.format(out='$0')}"
+        f" sin.approx.ftz.f32 x, a; {to_integer.format(out='$1')} " + "}",
+        "=&r,=&r,r,r,f,f",
         has_side_effects=False,
     )
     return [llvm.extractvalue(i32, values, (i,)) for i in range(2)]

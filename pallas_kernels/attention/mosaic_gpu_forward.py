@@ -44,7 +44,7 @@ COMPUTE_REGISTERS = {
     (1, False): 248, (2, False): 240, (3, False): 160,
     (1, True): 256, (2, True): 216, (3, True): 128,
 }  # fmt: skip
-_NOISE_REGISTERS = 56
+NOISE_REGISTERS = {1: 160, 2: 56, 3: 56}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +180,8 @@ def launch(
         "v_smem": swizzled((plan.stages, plan.keys, depth)),
         # The rows' noisy sums of weights in fixed point; then the bits of the statistics. And
         # the child keys, which have no room of their own: each array starts at a multiple
-        # of 1 KB, and there is 1 KB left.
-        "row_bank": plgpu.SMEM((plan.key_words + 16,), jnp.int32),
+        # of 1 KB, and there is 1 KB left. And a word for the noise of rows of other jobs.
+        "row_bank": plgpu.SMEM((plan.key_words + 17,), jnp.int32),
         "q_bar": plgpu.Barrier(num_barriers=w),
         "q_free": plgpu.Barrier(num_arrivals=w),
         "k_bar": barrier(),
@@ -230,7 +230,7 @@ def _kernel(jobs: Jobs, *refs: Any, **scratch: Any) -> None:
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
     turns = jobs.turns(block)
 
-    def every_job(do: Callable[[jax.Array, _Job, Any], Any], state: jax.Array) -> None:
+    def every_job(do: Callable[[jax.Array, _Job, Any], Any], state: Any) -> None:
         lax.fori_loop(
             0, turns, lambda turn, x: do(turn, jobs.job(turn, block, lengths_ref), x), state
         )
@@ -255,8 +255,11 @@ def _kernel(jobs: Jobs, *refs: Any, **scratch: Any) -> None:
 
     @pl.when(warpgroup == plan.warpgroups + 1)
     def _() -> None:
-        plgpu.set_max_registers(_NOISE_REGISTERS, action="decrease")
-        every_job(functools.partial(_make_noise, spec, plan, noise_ref, scratch), jnp.int32(-1))
+        plgpu.set_max_registers(NOISE_REGISTERS[plan.warpgroups], action="decrease")
+        every_job(
+            functools.partial(_make_noise, spec, plan, noise_ref, scratch),
+            (jnp.int32(-1), jnp.int32(0)),
+        )
 
 
 def _load(
@@ -302,44 +305,58 @@ def _slot(plan: Plan, tile: jax.Array) -> jax.Array:
 
 def _make_noise(
     spec: AttentionSpec, plan: Plan, noise_ref: Any, scratch: Any, turn: jax.Array, job: _Job,
-    last: jax.Array,
-) -> jax.Array:  # fmt: skip
-    """The noise of one job; ``last`` is the batch element whose keys are at hand."""
+    state: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """The noise of one job.
+
+    ``state``: the batch element whose keys are at hand, and the warp that makes the noise of the
+    rows' sums of weights: another one in each job.
+    """
+    del turn
+    last, warp = state
     if plan.sums_only:
         plgpu.barrier_wait(scratch["zero_bar"])
         plgpu.barrier_arrive(scratch["noise_bar"])
-        return last
+        return state
     keys = scratch["row_bank"].at[pl.ds(plan.key_words, 16)]
     pl.when(job.batch != last)(lambda: _derive_keys(noise_ref, job.batch, keys))
     noise = [keys[i].astype(jnp.uint32) for i in range(16)] + [
         noise_ref[job.batch, i] for i in range(8, 11)
     ]
     bank, row_bank = scratch["bank"], scratch["row_bank"]
-    row_noise = []  # made while the bank is not free yet
     if spec.mode == "record":
-        row_noise = [_row_noise(spec, plan, noise, n, job) for n in range(0, plan.rows, 128)]
+        is_own = banks.warp() == warp
+        # Made while the bank is not free yet.
+        row_noise = functools.partial(_row_noise, spec, plan, noise, job)
+        values = lax.cond(is_own, row_noise, lambda: ops.zeros(16))
     plgpu.barrier_wait(scratch["zero_bar"])
+    if spec.mode == "record":
+        first = _first_of_group(noise, job)
+        places = {"rows": plan.rows, "spare": plan.key_words + 16}
+        pl.when(is_own)(lambda: banks.add_row_noise(values, first, row_bank, **places))
 
     @pl.loop(0, plan.warpgroups * bank.shape[1] // 4)
     def _(part: jax.Array) -> None:
         banks.add_noise(*_tile_noise(spec, plan, noise, bank, part, job), bank)
 
-    for n, values in enumerate(row_noise):
-        banks.add_row_noise(values, row_bank.at[pl.ds(128 * n, 128)])
     plgpu.barrier_arrive(scratch["noise_bar"])
-    return job.batch
+    return job.batch, (warp + 1) & 3
 
 
 def _derive_keys(noise_ref: Any, batch: jax.Array, keys: Any) -> None:
     """The children of a batch element's key; thread 0 derives the first, thread 1 the second."""
     assert common.DENOMINATOR == common.NUMERATOR + 1
-    thread = plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=regs.THREADS)
-    zero = jnp.uint32(0)
-    counters = (zero, zero, zero, thread.astype(jnp.uint32) + jnp.uint32(common.NUMERATOR))
-    parent = [noise_ref[batch, i] for i in range(8)]
-    words = prng.random_block(parent, counters, unroll=False)
     plgpu.commit_smem()  # all threads are done with the last keys
-    banks.store_keys(words[:8], keys)
+
+    @pl.when(banks.warp() == 0)
+    def _() -> None:
+        thread = plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=regs.THREADS)
+        zero = jnp.uint32(0)
+        counters = (zero, zero, zero, thread.astype(jnp.uint32) + jnp.uint32(common.NUMERATOR))
+        parent = [noise_ref[batch, i] for i in range(8)]
+        words = prng.random_block(parent, counters, unroll=False)
+        banks.store_keys(words[:8], keys)
+
     plgpu.commit_smem()
 
 
@@ -373,34 +390,48 @@ def _tile_noise(
         row = 16 * (thread >> 5) + 8 * (rest >> 1) + (lane >> 2)
         offsets = tuple(512 * p for p in range(16))
     words = _noise_words(
-        spec, noise[:8], noise, block + 8 * wide, row + (own * ROWS + job.first_row), job.head
-    )
+        spec, noise[:8], noise, block + 8 * wide, row + (own * ROWS + job.first_row), job.head,
+        first_row=noise[16], peel=groups <= 16,
+    )  # fmt: skip
     # Thread 32·(row / 16) + 4·(row mod 8) + (column mod 8) / 2 holds an element, in register
     # 2·(row / 8 mod 2) + column mod 2 of its column group.
     register = 2 * ((row >> 3) & 1) + (block & 1)
     word = 128 * register + 32 * (row >> 4) + 4 * (row & 7) + (block >> 1)
     word = word + 512 * (groups * own + 16 * wide)
-    return banks.normals(words, factor=spec.numerator_std / plan.unit), word, offsets
+    factor = spec.numerator_std / plan.unit
+    return banks.normals(words, factor=factor, magic=banks.is_magic(factor)), word, offsets
 
 
-def _row_noise(spec: AttentionSpec, plan: Plan, noise: Any, first: int, job: _Job) -> jax.Array:
-    """The noise of the rows' sums of weights: thread t makes that of row ``first`` + t."""
-    row = plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=regs.THREADS)
-    row = row + (job.first_row + first)
-    words = _noise_words(spec, noise[8:16], noise, jnp.int32(0), row, job.head)
-    return banks.normals(words[:2], factor=spec.denominator_std / plan.row_unit)[0]
+def _row_noise(spec: AttentionSpec, plan: Plan, noise: Any, job: _Job) -> tuple[jax.Array, ...]:
+    """The noise of sixteen rows' sums of weights, of the thread's group of rows.
+
+    A lane has one group, lane 0 the one in which the job's first row is.
+    """
+    lane = plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=regs.THREADS) & 31
+    group = ((job.first_row.astype(jnp.uint32) + noise[16]) >> jnp.uint32(4)).astype(jnp.int32)
+    counters = (jnp.int32(0), lane + group, job.head)
+    words = _noise_words(spec, noise[8:16], noise, *counters, first_row=jnp.uint32(0))
+    return banks.normals(words, factor=spec.denominator_std / plan.row_unit)
+
+
+def _first_of_group(noise: Any, job: _Job) -> jax.Array:
+    """The row of the job, 0 to -15, that is the first one of lane 0's group of sixteen."""
+    first = job.first_row.astype(jnp.uint32) + noise[16]
+    return -(first & jnp.uint32(15)).astype(jnp.int32)
 
 
 def _noise_words(
-    spec: AttentionSpec, key: Any, noise: Any, block: jax.Array, row: jax.Array, head: jax.Array
-) -> tuple[jax.Array, ...]:
+    spec: AttentionSpec, key: Any, noise: Any, block: jax.Array, row: jax.Array, head: jax.Array,
+    *, first_row: jax.Array, peel: bool = False,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """A block of words; ``peel`` where many blocks of one head are made, and registers are left."""
     counters = (
         block.astype(jnp.uint32),
-        row.astype(jnp.uint32) + noise[16],
+        row.astype(jnp.uint32) + first_row,
         head.astype(jnp.uint32) + noise[17],
         noise[18],
     )
-    return prng.random_block(key, counters, rounds=spec.rounds, unroll=False)
+    return prng.random_block(key, counters, rounds=spec.rounds, unroll=False, peel=peel)
 
 
 def _compute(
@@ -422,34 +453,48 @@ def _compute(
 
     weigh = functools.partial(_weigh, spec, plan, first_row, length)
 
-    def pack(weights: jax.Array, tile: jax.Array, careful: bool) -> jax.Array:
-        """Waits for the tile's values and packs the weights for the product with them."""
-        slot = slot_of(tile)
-        plgpu.barrier_wait(v_bar.at[slot])
+    def await_values(tile: jax.Array) -> None:
+        plgpu.barrier_wait(v_bar.at[slot_of(tile)])
+
+    def packed(weights: jax.Array, tile: jax.Array, careful: bool) -> jax.Array:
+        """Short weights, times the factors of the tile's values, which are there."""
+        short = weights if weights.dtype == dtype else ops.shortened(weights, dtype)
         if not spec.is_noisy:
-            return ops.pack(weights, None, dtype)
+            return short
+        slot = slot_of(tile)
         if careful:
             pl.when(dirty > 0)(lambda: ops.zero_non_finite(v_smem, slot, dtype=dtype))
         factors = plgpu.load(scratch["factor_smem"].at[slot], layout=regs.PER_COLUMN)
-        return ops.pack(weights, factors, dtype)
+        return ops.times(short, factors)
+
+    # Waiting for the next values ends a basic block. In record mode it comes before the wait for
+    # this product, and what is before it stays there: ptxas would put most exponentials behind
+    # the product, when the matrix units have nothing to do. (With a row maximum that is no gain;
+    # wide heads lack the registers.)
+    values_first = is_record and plan.stages > 1 and depth <= 128
 
     def step(tile: jax.Array, carry: Any, acc: Any, careful: bool) -> Any:
-        packed, rows = carry
+        operand, rows = carry
         slot, next_slot = slot_of(tile), slot_of(tile + 1)
         plgpu.barrier_wait(k_bar.at[next_slot])
 
         def products(logits_acc: Any) -> Any:
             plgpu.wgmma(logits_acc, q_smem, k_smem.at[next_slot].T)
-            plgpu.wgmma(acc, packed, v_smem.at[slot])
+            plgpu.wgmma(acc, operand, v_smem.at[slot])
             logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
             plgpu.barrier_arrive(scratch["k_free"].at[next_slot])
             weights, new_rows, shrink = weigh(logits, tile + 1, rows, careful)
+            if values_first:
+                weights = ops.shortened(weights, dtype)
+                await_values(tile + 1)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(scratch["v_free"].at[slot])
             if shrink is not None:
                 acc[...] = acc[...] * lax.broadcast_in_dim(shrink, (ROWS, depth), [0])
+            if not values_first:
+                await_values(tile + 1)
             # Not earlier: the product still reads the registers of the last weights.
-            return pack(weights, tile + 1, careful), new_rows
+            return packed(weights, tile + 1, careful), new_rows
 
         return pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((ROWS, plan.keys), jnp.float32))
 
@@ -465,7 +510,8 @@ def _compute(
     if not frees_queries:
         pl.when(turn > 0)(lambda: plgpu.barrier_arrive(scratch["q_free"]))
     if spec.is_noisy:
-        banks.bank_zero(scratch["bank"], scratch["row_bank"], warpgroup)
+        magic = not plan.sums_only and banks.is_magic(spec.numerator_std / plan.unit)
+        banks.bank_zero(scratch["bank"], scratch["row_bank"], warpgroup, magic=magic)
         plgpu.barrier_arrive(scratch["zero_bar"])
     plgpu.barrier_wait(scratch["q_bar"].at[warpgroup])
     first_slot = slot_of(low)
@@ -478,7 +524,8 @@ def _compute(
     logits = pl.run_scoped(first_product, plgpu.WGMMAAccumulatorRef((ROWS, plan.keys), jnp.float32))
     plgpu.barrier_arrive(scratch["k_free"].at[first_slot])
     weights, rows, _ = weigh(logits, low, rows, True)
-    carry = (pack(weights, low, True), rows)
+    await_values(low)
+    carry = (packed(weights, low, True), rows)
 
     # Tiles before this one need no mask and hold no NaN: their steps are a loop of their
     # own, of half the instructions.

@@ -26,6 +26,7 @@ from pallas_kernels.attention.mosaic_gpu_registers import (
     PER_COLUMN,
     PER_ROW,
     SWIZZLED,
+    THREADS,
     TILE,
 )
 
@@ -194,41 +195,61 @@ def _map(x, function, *others):
     return regs.like(x, held)
 
 
-def pack(weights: jax.Array, factors: jax.Array | None, dtype: Any) -> jax.Array:
-    """Weights in a short format, times a factor a column: a conversion and a MUL for two.
+def zeros(count: int) -> tuple[jax.Array, ...]:
+    """``count`` zeros a thread: int32 [128], ``THREADS``."""
+    return (plgpu.layout_cast(jnp.zeros((128,), jnp.int32), THREADS),) * count
 
-    The factors are at most 1 and the weights too, so no product is above its factor: the
-    rounding is monotone and a factor is its own rounding.
 
-    Args:
-        weights: float32 [64, n], ``TILE``.
-        factors: [n] in ``dtype``, ``PER_COLUMN``, or None.
-        dtype: bfloat16 or float16.
-    """
+def shortened(weights: jax.Array, dtype: Any) -> jax.Array:
+    """A float32 tile (``TILE``) in bfloat16 or float16: one conversion for two elements."""
     name = "bf16" if dtype == jnp.bfloat16 else "f16"
-    convert = f"cvt.rn.{name}x2.f32"
-    asm = f"{convert} $0, $2, $1;"
-    if factors is not None:
-        asm = "{ .reg .b32 p; " + f"{convert} p, $2, $1; mul.rn.{name}x2 $0, p, $3; " + "}"
 
-    def run(_, w, *factors):
+    @plgpu.inline_mgpu(
+        arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(weights.shape, dtype, TILE)
+    )
+    def run(_, w):
         i32 = ir.IntegerType.get_signless(32)
         two = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
-        packed = np.empty(w.registers.shape, dtype=object)
-        for index, _half, group in regs.walk(w):
-            pair = w.registers[index]
-            operands = [vector.extract(pair, [], [e]) for e in range(2)]
-            operands += [mgpu.utils.bitcast(f.registers.flat[group], i32) for f in factors]
-            constraints = "=r,f,f" + ",r" * len(factors)
-            bits = llvm.inline_asm(i32, operands, asm, constraints, has_side_effects=False)
-            packed[index] = mgpu.utils.bitcast(bits, two)
-        return regs.like(w, packed)
+        asm = f"cvt.rn.{name}x2.f32 $0, $2, $1;"
+        short = np.empty(w.registers.shape, dtype=object)
+        for index, _half, _group in regs.walk(w):
+            values = [vector.extract(w.registers[index], [], [e]) for e in range(2)]
+            bits = llvm.inline_asm(i32, values, asm, "=r,f,f", has_side_effects=False)
+            short[index] = mgpu.utils.bitcast(bits, two)
+        return regs.like(w, short)
 
-    call = plgpu.inline_mgpu(
-        arg_types=(TILE,) if factors is None else (TILE, PER_COLUMN),
-        return_type=plgpu.ShapeDtypeStruct(weights.shape, dtype, TILE),
-    )(run)
-    return call(weights) if factors is None else call(weights, factors)
+    return run(weights)
+
+
+def times(short: jax.Array, factors: jax.Array) -> jax.Array:
+    """A tile times a factor a column: one multiplication for two elements.
+
+    Weights and factors are at most 1, so no product is above its factor: the rounding is
+    monotone and a factor is its own rounding.
+
+    Args:
+        short: bfloat16 or float16 [64, n], ``TILE``.
+        factors: [n] in the same dtype, ``PER_COLUMN``.
+    """
+    name = "bf16" if short.dtype == jnp.bfloat16 else "f16"
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE, PER_COLUMN),
+        return_type=plgpu.ShapeDtypeStruct(short.shape, short.dtype, TILE),
+    )
+    def run(_, x, factors):
+        i32 = ir.IntegerType.get_signless(32)
+        two = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(short.dtype))
+        asm = f"mul.rn.{name}x2 $0, $1, $2;"
+        held = np.empty(x.registers.shape, dtype=object)
+        for index, _half, group in regs.walk(x):
+            pair = [x.registers[index], factors.registers.flat[group]]
+            operands = [mgpu.utils.bitcast(y, i32) for y in pair]
+            bits = llvm.inline_asm(i32, operands, asm, "=r,r,r", has_side_effects=False)
+            held[index] = mgpu.utils.bitcast(bits, two)
+        return regs.like(x, held)
+
+    return run(short, factors)
 
 
 def round_towards_zero(row: jax.Array, dtype: Any) -> jax.Array:

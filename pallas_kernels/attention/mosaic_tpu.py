@@ -283,12 +283,15 @@ class Place:
     rounds: prng.Rounds
     unroll: bool
 
+    def _rows(self, rows: jax.Array) -> jax.Array:
+        """The counters of rows that are numbered in the block."""
+        return self.words[16] + self.row.astype(jnp.uint32) + rows
+
     def _block(
-        self, key_words: list[jax.Array], first: jax.Array, rows: jax.Array
+        self, key_words: list[jax.Array], first: jax.Array, second: jax.Array
     ) -> tuple[jax.Array, ...]:
-        row, head, batch = self.words[16:]
-        row = row + self.row.astype(jnp.uint32) + rows
-        counters = (first, row, head + self.head.astype(jnp.uint32), batch)
+        head, batch = self.words[17:]
+        counters = (first, second, head + self.head.astype(jnp.uint32), batch)
         return prng.random_block(key_words, counters, rounds=self.rounds, unroll=self.unroll)
 
     def normals(self, rows: int, columns: int) -> Float32[Array, "r c"]:
@@ -296,7 +299,7 @@ class Place:
         tiles, blocks = [], prng.blocks_of_tile(columns)
         for start in range(0, columns, LANES):
             first = _numbers((blocks, rows), 0) + jnp.uint32(start // LANES * blocks)
-            block = self._block(self.words[:8], first, _numbers((blocks, rows), 1))
+            block = self._block(self.words[:8], first, self._rows(_numbers((blocks, rows), 1)))
             parts: list[jax.Array] = []
             for p in range(0, 16, 2):
                 parts.extend(prng.box_muller(block[p], block[p + 1]))
@@ -307,9 +310,9 @@ class Place:
         """Noise of the sums of weights: [1, rows]."""
         # 128 rows a sublane, so that a thousand rows cost one ChaCha block.
         shape = (rows // LANES, LANES)
-        numbers = _numbers(shape, 0) * jnp.uint32(LANES) + _numbers(shape, 1)
-        block = self._block(self.words[8:16], jnp.zeros_like(numbers), numbers)
-        g = prng.box_muller(block[0], block[1])[0]
+        row = self._rows(_numbers(shape, 0) * jnp.uint32(LANES) + _numbers(shape, 1))
+        block = self._block(self.words[8:16], jnp.zeros_like(row), row >> jnp.uint32(4))
+        g = prng.normal_of_row(block, row)
         return jnp.concatenate([g[s : s + 1] for s in range(shape[0])], axis=1)
 
 

@@ -377,8 +377,7 @@ def _normal_column(
     batch: jax.Array,
     rounds: prng.Rounds,
 ) -> Float32[Array, "t"]:
-    """The normals of the sums of weights: column 0 of a tile of their own key."""
-    words = prng.random_block(
-        key_words, (jnp.uint32(0), rows, head, batch), rounds=rounds, unroll=False
-    )
-    return prng.box_muller(words[0], words[1])[0]
+    """The normals of the sums of weights."""
+    counters = (jnp.uint32(0), rows >> jnp.uint32(4), head, batch)
+    words = prng.random_block(key_words, counters, rounds=rounds, unroll=False)
+    return prng.normal_of_row(words, rows)

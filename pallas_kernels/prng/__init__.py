@@ -12,6 +12,7 @@ from pallas_kernels.prng.normal import (
     blocks_of_tile,
     box_muller,
     head_counters,
+    normal_of_row,
     normal_stream,
     normal_tile,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "derive_path",
     "head_counters",
     "local_normals",
+    "normal_of_row",
     "normal_stream",
     "normal_streams",
     "normal_tile",

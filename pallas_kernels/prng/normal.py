@@ -101,6 +101,33 @@ def block_normals(words: Sequence[UInt32[Array, "*s"]]) -> list[Float32[Array, "
     return gaussians
 
 
+def normal_of_row(
+    words: Sequence[UInt32[Array, "*s"]], row: UInt32[Array, "*s"]
+) -> Float32[Array, "*s"]:
+    """The Gaussian that belongs to a row, from the block that it shares with fifteen others.
+
+    Rows 16i to 16i + 15 have one block, its first counter 0 and its second i; of row r it is
+    the Gaussian of word r mod 16, as words become Gaussians in :func:`normal_tile`.
+
+    Args:
+        words: the sixteen words of the blocks.
+        row: the row counters.
+
+    Example:
+        >>> words = [jnp.uint32(w) for w in range(16)]
+        >>> odd = normal_of_row(words, jnp.uint32(23))
+        >>> bool(odd == box_muller(jnp.uint32(6), jnp.uint32(7))[1])
+        True
+    """
+    pair = (row & jnp.uint32(15)) >> jnp.uint32(1)
+    chosen = [words[0], words[1]]
+    for p in range(1, 8):
+        is_it = pair == jnp.uint32(p)
+        chosen = [jnp.where(is_it, words[2 * p + i], x) for i, x in enumerate(chosen)]
+    even, odd = box_muller(*chosen)
+    return jnp.where((row & jnp.uint32(1)) == jnp.uint32(1), odd, even)
+
+
 def blocks_of_tile(columns: int) -> int:
     """Blocks that a tile of attention noise takes: of 128 columns, or of 64 where these do.
 

@@ -125,5 +125,15 @@ def attention_noise(key, batch, num_rows, heads, depth, rounds=20):
     key = [int(w) for w in key]
     rows = range(num_rows)
     g = tile(child(key, 16), range(batch), rows, heads, depth, rounds)
-    g_sum = tile(child(key, 17), range(batch), rows, heads, 1, rounds)[..., 0]
-    return g, g_sum
+    return g, row_sums(child(key, 17), range(batch), rows, heads, rounds)
+
+
+def row_sums(key, batch, rows, heads, rounds=20):
+    """[batch, rows, heads] normals, a row at a time: sixteen rows share a block."""
+    out = np.zeros((len(batch), len(rows), heads))
+    for b, t, n in np.ndindex(out.shape):
+        counters = (np.uint64(x) for x in (0, rows[t] // 16, n, batch[b]))
+        of_block = np.array(words(key, tuple(counters), rounds), np.uint64)
+        pair = (rows[t] % 16) // 2
+        out[b, t, n] = box_muller(*of_block[2 * pair : 2 * pair + 2])[rows[t] % 2]
+    return out

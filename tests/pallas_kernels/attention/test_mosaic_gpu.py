@@ -194,6 +194,25 @@ class TestOnHopper:
         )
         assert distance(ours, definition) < 1e-2
 
+    @pytest.mark.parametrize("mode", ["record", "sequence"])
+    @pytest.mark.parametrize("first_row", [70, 128])
+    def test_noise_follows_its_counters(self, mode, first_row):
+        """Rows and heads computed by themselves get the noise that they have in the whole."""
+        spec = make_spec(mode, 128, numerator_std=9.0, denominator_std=9.0)
+        q, k, v, _ = make_inputs((2, 400, 200, 4, 4, 128))
+
+        def call(q, k, v, **first):
+            noise = fused.pack_noise(WORDS, jnp.arange(2, dtype=jnp.uint32), **first)
+            return fused.attention(mosaic_gpu, q, k, v, spec, noise=noise, lengths=None)
+
+        whole = jax.jit(call)(q, k, v)
+        part = jax.jit(functools.partial(call, first_row=first_row, first_head=2))(
+            q[:, first_row:, 2:], k[:, :, 2:], v[:, :, 2:]
+        )
+        np.testing.assert_array_equal(
+            np.asarray(part, np.float32), np.asarray(whole[:, first_row:, 2:], np.float32)
+        )
+
     @pytest.mark.parametrize("mode", MODES)
     def test_checkpoint(self, mode):
         inputs = make_inputs((2, 200, 333, 2, 1, 128))

@@ -23,7 +23,8 @@ from pallas_kernels.manual import without_types
 def spec_of(sharding: Any, mesh: Any) -> PartitionSpec:
     """Where the axes of an undecoded sharding lie; nowhere if it splits an axis of the mesh itself.
 
-    The partitioner does that to sizes that a mesh axis does not divide.
+    The partitioner does that to sizes that a mesh axis does not divide. Nowhere is never wrong:
+    each device then has all of the array and does all of the work.
     """
     try:
         return PartitionSpec(*parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0])

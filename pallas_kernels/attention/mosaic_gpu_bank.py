@@ -27,16 +27,12 @@ from pallas_kernels.attention.mosaic_gpu_registers import (
     TILE,
 )
 
-# 1.5·2²³: a float32 of this size has its last bit at 1. And its bits.
-_MAGIC, _MAGIC_BITS = 12582912.0, 0x4B400000
-
-
 # √(−2 ln 2⁻⁴¹), the largest Gaussian of ``prng.box_muller``, and a little.
 _LARGEST_NORMAL = 7.6
 
 
-def is_magic(factor: float) -> bool:
-    """Whether :func:`normals` leaves ``_MAGIC_BITS`` in its integers: none is above 2²²."""
+def is_small(factor: float) -> bool:
+    """Whether :func:`normals` of this factor are below 2²², as ``magic`` needs."""
     return factor * _LARGEST_NORMAL < 2.0**22
 
 
@@ -51,7 +47,7 @@ def bank_zero(bank: Any, row_bank: Any, warpgroup: jax.Array, *, magic: bool) ->
         i32 = ir.IntegerType.get_signless(32)
         own, zero = warpgroup.registers[()], regs.constant(i32, 0)
         address, words = _bank_words(bank, own)
-        start = regs.constant(i32, -_MAGIC_BITS) if magic else zero
+        start = regs.constant(i32, -_magic(1.0)[1]) if magic else zero
         for word in range(words):
             _shared(f"st.shared.u32 [$0 + {512 * word}], $1;", address, start)
         # The threads that hold a row, one of which adds to it later.
@@ -243,7 +239,7 @@ def normals(
 ) -> tuple[jax.Array, ...]:
     """``factor`` times a Gaussian for each word, to the nearest int32.
 
-    With ``magic``, which needs :func:`is_magic`, ``_MAGIC_BITS`` more: an addition of floats
+    With ``magic``, which needs :func:`is_small`, the bits of 1.5·2²³ more: an addition of floats
     leaves the integer in the low bits, where a conversion takes a multiplication and a unit
     that exponentials wait for.
 
@@ -407,7 +403,7 @@ def _magic(unit):
 
 
 def _box_muller(radius_word, angle_word, factor, magic):
-    """``factor`` times two Gaussians, to the nearest int32; plus ``_MAGIC_BITS`` with ``magic``."""
+    """``factor`` times two Gaussians, to the nearest int32; ``magic`` as in :func:`normals`."""
     i32 = ir.IntegerType.get_signless(32)
     f32 = ir.F32Type.get()
     # ln u = ln 2 · lg2 u; the factor goes under the root.
@@ -415,7 +411,7 @@ def _box_muller(radius_word, angle_word, factor, magic):
         regs.scalar(radius_word),
         regs.scalar(angle_word),
         regs.constant(f32, -2.0 * math.log(2.0) * factor**2),
-        regs.constant(f32, _MAGIC),
+        regs.constant(f32, _magic(1.0)[0]),
     ]
     to_integer = "mul.ftz.f32 x, x, u; cvt.rni.s32.f32 {out}, x;"
     if magic:

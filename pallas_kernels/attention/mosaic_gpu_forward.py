@@ -389,17 +389,20 @@ def _tile_noise(
         block = 2 * (lane & 3) + (rest & 1)
         row = 16 * (thread >> 5) + 8 * (rest >> 1) + (lane >> 2)
         offsets = tuple(512 * p for p in range(16))
-    words = _noise_words(
-        spec, noise[:8], noise, block + 8 * wide, row + (own * ROWS + job.first_row), job.head,
-        first_row=noise[16], peel=groups <= 16,
-    )  # fmt: skip
+    counter = (row + (own * ROWS + job.first_row)).astype(jnp.uint32) + noise[16]
+    words = _noise_words(spec, noise[:8], noise, block + 8 * wide, counter, job, peel=groups <= 16)
     # Thread 32·(row / 16) + 4·(row mod 8) + (column mod 8) / 2 holds an element, in register
     # 2·(row / 8 mod 2) + column mod 2 of its column group.
     register = 2 * ((row >> 3) & 1) + (block & 1)
     word = 128 * register + 32 * (row >> 4) + 4 * (row & 7) + (block >> 1)
     word = word + 512 * (groups * own + 16 * wide)
     factor = spec.numerator_std / plan.unit
-    return banks.normals(words, factor=factor, magic=banks.is_magic(factor)), word, offsets
+    return banks.normals(words, factor=factor, magic=_is_magic(spec, plan)), word, offsets
+
+
+def _is_magic(spec: AttentionSpec, plan: Plan) -> bool:
+    """Whether the noise brings a constant, which the bank then begins below zero by."""
+    return not plan.sums_only and banks.is_small(spec.numerator_std / plan.unit)
 
 
 def _row_noise(spec: AttentionSpec, plan: Plan, noise: Any, job: _Job) -> tuple[jax.Array, ...]:
@@ -408,9 +411,9 @@ def _row_noise(spec: AttentionSpec, plan: Plan, noise: Any, job: _Job) -> tuple[
     A lane has one group, lane 0 the one in which the job's first row is.
     """
     lane = plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=regs.THREADS) & 31
-    group = ((job.first_row.astype(jnp.uint32) + noise[16]) >> jnp.uint32(4)).astype(jnp.int32)
-    counters = (jnp.int32(0), lane + group, job.head)
-    words = _noise_words(spec, noise[8:16], noise, *counters, first_row=jnp.uint32(0))
+    first = (job.first_row.astype(jnp.uint32) + noise[16]) >> jnp.uint32(4)
+    counter = lane.astype(jnp.uint32) + first
+    words = _noise_words(spec, noise[8:16], noise, jnp.int32(0), counter, job)
     return banks.normals(words, factor=spec.denominator_std / plan.row_unit)
 
 
@@ -421,14 +424,14 @@ def _first_of_group(noise: Any, job: _Job) -> jax.Array:
 
 
 def _noise_words(
-    spec: AttentionSpec, key: Any, noise: Any, block: jax.Array, row: jax.Array, head: jax.Array,
-    *, first_row: jax.Array, peel: bool = False,
+    spec: AttentionSpec, key: Any, noise: Any, block: jax.Array, row: jax.Array, job: _Job,
+    *, peel: bool = False,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """A block of words; ``peel`` where many blocks of one head are made, and registers are left."""
+    """A block of words of the job's head; ``peel`` where many are made, and registers are left."""
     counters = (
         block.astype(jnp.uint32),
-        row.astype(jnp.uint32) + first_row,
-        head.astype(jnp.uint32) + noise[17],
+        row,
+        job.head.astype(jnp.uint32) + noise[17],
         noise[18],
     )
     return prng.random_block(key, counters, rounds=spec.rounds, unroll=False, peel=peel)
@@ -510,7 +513,7 @@ def _compute(
     if not frees_queries:
         pl.when(turn > 0)(lambda: plgpu.barrier_arrive(scratch["q_free"]))
     if spec.is_noisy:
-        magic = not plan.sums_only and banks.is_magic(spec.numerator_std / plan.unit)
+        magic = _is_magic(spec, plan)
         banks.bank_zero(scratch["bank"], scratch["row_bank"], warpgroup, magic=magic)
         plgpu.barrier_arrive(scratch["zero_bar"])
     plgpu.barrier_wait(scratch["q_bar"].at[warpgroup])

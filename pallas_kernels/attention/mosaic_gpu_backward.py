@@ -41,21 +41,18 @@ class Blocks:
     Attributes:
         dq_keys: keys of one tile of the dq kernel, 64 or 128.
         dq_stages: slots of its ring.
+        dq_warpgroups: its compute warpgroups, 1 to 3, each with 64 rows of its own.
         dkv_rows: query rows of one tile of the dk/dv kernel, 64 or 128.
         dkv_stages: slots of its ring.
-        warpgroups: compute warpgroups of a block, 1 to 3, each with 64 rows of its own.
+        dkv_warpgroups: its compute warpgroups, 1 to 3, each with 64 keys of its own.
     """
 
     dq_keys: int = 64
     dq_stages: int = 4
+    dq_warpgroups: int = 2
     dkv_rows: int = 64
     dkv_stages: int = 4
-    warpgroups: int = 2
-
-    @property
-    def own(self) -> int:
-        """Rows or keys that a block owns."""
-        return self.warpgroups * _ROWS
+    dkv_warpgroups: int = 2
 
 
 # Registers a thread, of the compute warpgroups and of the loading one, by the number of the
@@ -84,20 +81,23 @@ def _dq_kernel(
     """The gradient of the queries: 64 rows a compute warpgroup."""
     q_ref, k_ref, v_ref, do_ref, row_ref, key_ref, limit_ref, dq_ref = refs[:8]
     q_smem, do_smem, k_smem, v_smem, key_smem, own_bar, k_bar, v_bar, free, done, _ = refs[8:]
-    wgs, keys, stages = blocks.warpgroups, blocks.dq_keys, blocks.dq_stages
+    wgs, keys, stages = blocks.dq_warpgroups, blocks.dq_keys, blocks.dq_stages
     dtype, shape = q_ref.dtype, (_ROWS, keys)
-    tile, head, batch = _position(grid)
-    if spec.is_causal:
-        tile = grid[0] - 1 - tile  # the longest rows first
-    kv_head = lax.div(head, jnp.int32(groups))
-    first = tile * blocks.own
-    limits = (limit_ref[batch, kv_head, 0], limit_ref[batch, kv_head, 1])
-    plan = tiles.keys_plan(spec, first, blocks.own, limits, keys)
     wg = lax.axis_index("wg")
+
+    def place() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, tiles.Plan]:
+        tile, head, batch = _position(grid)
+        if spec.is_causal:
+            tile = grid[0] - 1 - tile  # the longest rows first
+        kv_head = lax.div(head, jnp.int32(groups))
+        limits = (limit_ref[batch, kv_head, 0], limit_ref[batch, kv_head, 1])
+        rows = wgs * _ROWS
+        return tile, head, kv_head, batch, tiles.keys_plan(spec, tile * rows, rows, limits, keys)
 
     @pl.when(wg < wgs)
     def _compute() -> None:
         plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
+        tile, head, _, batch, plan = place()
         own = pl.ds((tile * wgs + wg) * _ROWS, _ROWS)
         q, do = q_smem.at[wg], do_smem.at[wg]
         minus_lse, minus_delta, rows = (
@@ -150,6 +150,7 @@ def _dq_kernel(
     @pl.when(wg == wgs)
     def _load() -> None:
         plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
+        tile, head, kv_head, batch, plan = place()
         own = [(batch, pl.ds((tile * wgs + i) * _ROWS, _ROWS), head) for i in range(wgs)]
         for i in range(wgs):
             plgpu.copy_gmem_to_smem(q_ref.at[own[i]], q_smem.at[i], own_bar.at[i])
@@ -182,16 +183,20 @@ def _dkv_kernel(
     """The gradients of keys and values: 64 keys a compute warpgroup; tile rows are keys."""
     q_ref, k_ref, v_ref, do_ref, row_ref, key_ref, limit_ref, dk_ref, dv_ref = refs[:9]
     k_smem, v_smem, q_smem, do_smem, row_smem, own_bar, q_bar, do_bar, free, done, c_smem = refs[9:]
-    wgs, rows, stages = blocks.warpgroups, blocks.dkv_rows, blocks.dkv_stages
+    wgs, rows, stages = blocks.dkv_warpgroups, blocks.dkv_rows, blocks.dkv_stages
     dtype, shape = q_ref.dtype, (_ROWS, rows)
-    tile, kv_head, batch = _position(grid)
-    first = tile * blocks.own
-    plan = tiles.rows_plan(spec, first, blocks.own, num_rows, limit_ref[batch, kv_head, 0], rows)
     wg = lax.axis_index("wg")
+
+    def place() -> tuple[jax.Array, jax.Array, jax.Array, tiles.Plan]:
+        tile, kv_head, batch = _position(grid)
+        keys, length = wgs * _ROWS, limit_ref[batch, kv_head, 0]
+        plan = tiles.rows_plan(spec, tile * keys, keys, num_rows, length, rows)
+        return tile, kv_head, batch, plan
 
     @pl.when(wg < wgs)
     def _compute() -> None:
         plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
+        tile, kv_head, batch, plan = place()
         own = pl.ds((tile * wgs + wg) * _ROWS, _ROWS)
         keys = plgpu.load(key_ref.at[batch, kv_head, 1, own], layout=tiles.LINE[0], optimized=False)
         k, v = k_smem.at[wg], v_smem.at[wg]
@@ -259,6 +264,7 @@ def _dkv_kernel(
     @pl.when(wg == wgs)
     def _load() -> None:
         plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
+        tile, kv_head, batch, plan = place()
         own = [(batch, pl.ds((tile * wgs + i) * _ROWS, _ROWS), kv_head) for i in range(wgs)]
         for i in range(wgs):
             plgpu.copy_gmem_to_smem(k_ref.at[own[i]], k_smem.at[i], own_bar.at[i])
@@ -331,7 +337,7 @@ def _lines(
         no mask even in their last tile, 0 where a value may be NaN.
     """
     numbers = jnp.arange(query.shape[1], dtype=jnp.float32)
-    multiple = math.lcm(blocks.own, blocks.dkv_rows)
+    multiple = math.lcm(blocks.dq_warpgroups * _ROWS, blocks.dkv_rows)
     # A row that does not exist weighs nothing.
     parts = [(lse * -tiles.LOG2E, -tiles.NEVER), (-delta, 0.0)]
     parts.append((jnp.broadcast_to(numbers, lse.shape), tiles.NEVER))
@@ -347,7 +353,7 @@ def _lines(
     whole = jnp.where(jnp.any(scale == 0.0, axis=-1), 0, lengths)
     return (
         rows,
-        _pad(keys, 3, math.lcm(blocks.own, blocks.dq_keys), tiles.NEVER),
+        _pad(keys, 3, math.lcm(blocks.dkv_warpgroups * _ROWS, blocks.dq_keys), tiles.NEVER),
         jnp.stack([jnp.broadcast_to(lengths, whole.shape), whole], axis=-1),
     )
 
@@ -409,17 +415,19 @@ def backward(
 def _dq(spec: AttentionSpec, blocks: Blocks, *operands: jax.Array) -> jax.Array:
     query, key = operands[:2]
     batch, num_rows, num_heads, _ = query.shape
-    grid = (pl.cdiv(num_rows, blocks.own), num_heads, batch)
+    wgs = blocks.dq_warpgroups
+    grid = (pl.cdiv(num_rows, wgs * _ROWS), num_heads, batch)
     body = functools.partial(_dq_kernel, spec, blocks, grid, num_heads // key.shape[2])
     out = jax.ShapeDtypeStruct(query.shape, query.dtype)
     slots = (blocks.dq_stages, blocks.dq_keys, 2)
-    return _launch(body, "attention_backward_query", grid, blocks, slots, 2, [out], operands)[0]
+    return _launch(body, "attention_backward_query", grid, wgs, slots, 2, [out], operands)[0]
 
 
 def _dkv(spec: AttentionSpec, blocks: Blocks, *operands: jax.Array) -> list[jax.Array]:
     query, key = operands[:2]
     batch, num_keys, kv_heads, _ = key.shape
-    grid = (pl.cdiv(num_keys, blocks.own), kv_heads, batch)
+    wgs = blocks.dkv_warpgroups
+    grid = (pl.cdiv(num_keys, wgs * _ROWS), kv_heads, batch)
     body = functools.partial(
         _dkv_kernel, spec, blocks, grid, query.shape[2] // kv_heads, query.shape[1]
     )
@@ -428,14 +436,14 @@ def _dkv(spec: AttentionSpec, blocks: Blocks, *operands: jax.Array) -> list[jax.
     # Keys, values, and factors of these.
     arrivals = 3 if spec.is_noisy else 2
     name = "attention_backward_key_value"
-    return _launch(body, name, grid, blocks, slots, arrivals, [out] * 2, operands)
+    return _launch(body, name, grid, wgs, slots, arrivals, [out] * 2, operands)
 
 
 def _launch(
     body: Callable[..., None],
     name: str,
     grid: tuple[int, int, int],
-    blocks: Blocks,
+    wgs: int,
     slots: tuple[int, int, int],
     arrivals: int,
     out: list[jax.ShapeDtypeStruct],
@@ -443,10 +451,10 @@ def _launch(
 ) -> list[jax.Array]:
     """Runs a kernel.
 
-    ``slots``: how many, how many rows each, how many lines come along. ``arrivals``: how many
+    ``wgs``: warpgroups that compute. ``slots``: how many, how many rows each, how many lines come along. ``arrivals``: how many
     copies bring what belongs to a warpgroup.
     """
-    wgs, head_dim, (stages, rows, lines) = blocks.warpgroups, out[0].shape[-1], slots
+    head_dim, (stages, rows, lines) = out[0].shape[-1], slots
 
     def ring(count: int, rows: int) -> Any:
         # How WGMMA reads its operands from shared memory.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import AttentionSpec
+from pallas_kernels.attention import AttentionSpec, tuning
 from pallas_kernels.attention import mosaic_gpu_backward as kernels
 from pallas_kernels.attention import mosaic_gpu_backward_tiles as tiles
 
@@ -121,7 +121,9 @@ COMPILED = {
     ),
     "exact, causal": ((4, 4096, 4096, 16, 16, 128), "exact", {"is_causal": True}),
     "record, D=64, causal": ((4, 4096, 4096, 32, 32, 64), "record", {"is_causal": True}),
+    "sequence, D=64, causal": ((4, 4096, 4096, 32, 32, 64), "sequence", {"is_causal": True}),
     "exact, D=64": ((4, 4096, 4096, 32, 8, 64), "exact", {}),
+    "record, D=64, short, causal": ((4, 256, 256, 32, 32, 64), "record", {"is_causal": True}),
 }  # fmt: skip
 
 
@@ -129,11 +131,19 @@ COMPILED = {
 @pytest.mark.parametrize(("shape", "mode", "options"), COMPILED.values(), ids=COMPILED)
 def test_compiles_for_h100_without_spills(shape, mode, options, ptxas):
     spec = make_spec(mode, shape[-1], **options)
+    sizes = tuning.lookup(
+        "mosaic_gpu", "backward", device_kind="NVIDIA H100", head_dim=shape[-1],
+        is_causal=spec.is_causal, num_keys=shape[2], dtype=jnp.bfloat16, with_cache=False,
+    )  # fmt: skip
+    blocks = kernels.Blocks(**(sizes or {}))
     report = ptxas(
-        lambda *args: kernels.backward(*args, spec), *operands(shape, jnp.bfloat16, mode)
+        lambda *args: kernels.backward(*args, spec, blocks=blocks),
+        *operands(shape, jnp.bfloat16, mode),
     )
-    # 384 threads share 65536 registers: 168 each, which setmaxnreg then hands around.
-    assert report.registers == (168, 168)
+    # A block's 384 (or 512) threads share 65536 registers, 168 (or 128) each, which setmaxnreg
+    # then hands around.
+    assert (blocks.dq_warpgroups, blocks.dkv_warpgroups) == (2, 3 if sizes else 2)
+    assert sorted(report.registers) == sorted((168, 128 if sizes else 168))
     assert report.spilled == 0
     assert not report.warnings
 
@@ -151,6 +161,14 @@ RUN = {
         (1, 500, 500, 4, 4, 64), "record", {"is_causal": True}, "float16",
         {"dq_keys": 128, "dkv_rows": 128, "dq_stages": 2, "dkv_stages": 2},
     ),
+    "record, D=64, the table's sizes": (
+        (2, 333, 700, 4, 2, 64), "record", {"is_causal": True}, "bfloat16",
+        {"dq_keys": 128, "dq_stages": 3, "dkv_warpgroups": 3},
+    ),
+    "sequence, D=64, causal, the table's sizes": (
+        (1, 500, 500, 2, 2, 64), "sequence", {"is_causal": True}, "float16",
+        {"dq_keys": 128, "dq_stages": 3, "dkv_warpgroups": 3},
+    ),
     "sequence, D=64, causal": (
         (2, 257, 257, 4, 4, 64), "sequence", {"is_causal": True}, "float16", {},
     ),
@@ -159,10 +177,10 @@ RUN = {
         {"dq_stages": 3, "dkv_stages": 3},
     ),
     "exact, D=64, three warpgroups": (
-        (1, 300, 500, 2, 2, 64), "exact", {}, "bfloat16", {"warpgroups": 3},
+        (1, 300, 500, 2, 2, 64), "exact", {}, "bfloat16", {"dq_warpgroups": 3, "dkv_warpgroups": 3},
     ),
     "exact, one warpgroup": (
-        (1, 100, 129, 2, 1, 128), "exact", {"is_causal": True}, "bfloat16", {"warpgroups": 1},
+        (1, 100, 129, 2, 1, 128), "exact", {"is_causal": True}, "bfloat16", {"dq_warpgroups": 1, "dkv_warpgroups": 1},
     ),
 }  # fmt: skip
 

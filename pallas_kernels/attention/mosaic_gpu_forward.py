@@ -118,8 +118,8 @@ class Jobs:
         units = whole + (block < rest).astype(jnp.int32)
         return 2 * units if self.spec.is_causal else units
 
-    def job(self, turn: jax.Array, block: jax.Array, lengths_ref: Any) -> _Job:
-        """A block's job of one turn."""
+    def job(self, turn: jax.Array, block: jax.Array, words_ref: Any) -> _Job:
+        """A block's job of one turn. A batch element's last word is its number of keys."""
         spec, plan = self.spec, self.plan
         tiles, heads = jnp.int32(plan.row_tiles), jnp.int32(self.heads)
         if spec.is_causal:
@@ -133,7 +133,8 @@ class Jobs:
             unit = turn * self.blocks + block
             row_tile, head = lax.rem(unit, tiles), lax.div(unit, tiles)
         batch, head = lax.div(head, heads), lax.rem(head, heads)
-        first_row, length = row_tile * plan.rows, lengths_ref[batch]
+        first_row = row_tile * plan.rows
+        length = words_ref[batch, words_ref.shape[1] - 1].astype(jnp.int32)
         start, stop = jnp.int32(0), length
         if spec.is_causal:
             stop = jnp.minimum(stop, first_row + plan.rows)
@@ -165,6 +166,10 @@ def launch(
     """
     batch, _, heads, depth = query.shape
     w, dtype = plan.warpgroups, query.dtype
+    # One array, so that XLA launches one small kernel before this one and not two.
+    words = lengths.astype(jnp.uint32)[:, None]
+    if noise is not None:
+        words = jnp.concatenate([noise, words], axis=1)
     jobs = Jobs(spec, plan, batch, heads, heads // key.shape[2], devices.multiprocessors())
     like_query = jax.ShapeDtypeStruct(query.shape, jnp.int32 if plan.sums_only else dtype)
     out_type = [
@@ -217,11 +222,11 @@ def launch(
             # Rows are reduced within a warp.
             reduction_scratch_bytes=0,
         ),
-    )(query, key, value, factors, noise, lengths)
+    )(query, key, value, factors, words)
 
 
 def _kernel(jobs: Jobs, *refs: Any, **scratch: Any) -> None:
-    q_ref, k_ref, v_ref, factors, noise_ref, lengths_ref, *outputs = refs
+    q_ref, k_ref, v_ref, factors, words_ref, *outputs = refs
     factor_ref, dirty_ref = (None, None) if factors is None else factors
     spec, plan = jobs.spec, jobs.plan
     noisy = spec.is_noisy
@@ -232,7 +237,7 @@ def _kernel(jobs: Jobs, *refs: Any, **scratch: Any) -> None:
 
     def every_job(do: Callable[[jax.Array, _Job, Any], Any], state: Any) -> None:
         lax.fori_loop(
-            0, turns, lambda turn, x: do(turn, jobs.job(turn, block, lengths_ref), x), state
+            0, turns, lambda turn, x: do(turn, jobs.job(turn, block, words_ref), x), state
         )
 
     @pl.when(warpgroup < plan.warpgroups)
@@ -257,7 +262,7 @@ def _kernel(jobs: Jobs, *refs: Any, **scratch: Any) -> None:
     def _() -> None:
         plgpu.set_max_registers(NOISE_REGISTERS[plan.warpgroups], action="decrease")
         every_job(
-            functools.partial(_make_noise, spec, plan, noise_ref, scratch),
+            functools.partial(_make_noise, spec, plan, words_ref, scratch),
             (jnp.int32(-1), jnp.int32(0)),
         )
 

@@ -21,12 +21,12 @@ def make_jobs(batch, heads, row_tiles, blocks, is_causal, tiles=8):
 
 def schedule(jobs, lengths):
     """For every block its jobs (batch, head, row tile, tiles of keys), in order."""
-    lengths = jnp.asarray(lengths, jnp.int32)
+    words = jnp.asarray(lengths, jnp.uint32)[:, None]
 
     @jax.jit
     @jax.vmap
     def look(turn, block):
-        job = jobs.job(turn, block, lengths)
+        job = jobs.job(turn, block, words)
         return job.batch, job.head, job.first_row, job.high - job.low
 
     plan = []

@@ -451,8 +451,8 @@ def _launch(
 ) -> list[jax.Array]:
     """Runs a kernel.
 
-    ``wgs``: warpgroups that compute. ``slots``: how many, how many rows each, how many lines come along. ``arrivals``: how many
-    copies bring what belongs to a warpgroup.
+    ``wgs``: warpgroups that compute. ``slots``: how many, how many rows each, how many lines
+    come along. ``arrivals``: how many copies bring what belongs to a warpgroup.
     """
     head_dim, (stages, rows, lines) = out[0].shape[-1], slots
 

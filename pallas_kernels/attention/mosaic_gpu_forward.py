@@ -44,6 +44,8 @@ COMPUTE_REGISTERS = {
     (1, False): 248, (2, False): 240, (3, False): 160,
     (1, True): 256, (2, True): 216, (3, True): 128,
 }  # fmt: skip
+# By how many bits a row's offset may stay behind its maximum: float16 holds weights up to 2¹⁵.
+_BEHIND = 8.0
 NOISE_REGISTERS = {1: 160, 2: 56, 3: 56}
 
 
@@ -498,7 +500,14 @@ def _compute(
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(scratch["v_free"].at[slot])
             if shrink is not None:
-                acc[...] = acc[...] * lax.broadcast_in_dim(shrink, (ROWS, depth), [0])
+                # Reading and writing the accumulator wait for all warps, which may differ here.
+                acc[...] = lax.cond(
+                    ops.any_other_than_one(shrink),
+                    lambda sums: sums * lax.broadcast_in_dim(shrink, (ROWS, depth), [0]),
+                    lambda sums: sums,
+                    acc[...],
+                )
+
             if not values_first:
                 await_values(tile + 1)
             # Not earlier: the product still reads the registers of the last weights.
@@ -666,7 +675,9 @@ def _weigh(
         )
         return weights, (total,), None
     state = rows[1]
-    top = jnp.maximum(state, jnp.max(logits, axis=1) * scale)
+    seen = jnp.max(logits, axis=1) * scale
+    # What was the maximum stays the offset until a row is 2⁸ above it: sums are seldom rescaled.
+    top = jnp.where(seen > state + _BEHIND, seen, state)
     # A row that has seen nothing yet keeps −inf as its maximum and zero as its sums.
     offset = jnp.where(top == -jnp.inf, 0.0, -top)
     shrink = jnp.exp2(state + offset)

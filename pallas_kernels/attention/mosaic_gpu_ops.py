@@ -195,6 +195,29 @@ def _map(x, function, *others):
     return regs.like(x, held)
 
 
+def any_other_than_one(row: jax.Array) -> jax.Array:
+    """Whether one of the warp's rows has another value than 1. Warps may differ.
+
+    Args:
+        row: float32 [64], ``PER_ROW``.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(PER_ROW,),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT),
+    )
+    def run(_, row):
+        i32 = ir.IntegerType.get_signless(32)
+        asm = (
+            "{ .reg .pred p; setp.ne.f32 p, $1, 0f3F800000; setp.ne.or.f32 p, $2, 0f3F800000, p;"
+            " vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
+        )
+        found = llvm.inline_asm(i32, regs.row_values(row), asm, "=r,f,f", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return run(row) != 0
+
+
 def zeros(count: int) -> tuple[jax.Array, ...]:
     """``count`` zeros a thread: int32 [128], ``THREADS``."""
     return (plgpu.layout_cast(jnp.zeros((128,), jnp.int32), THREADS),) * count

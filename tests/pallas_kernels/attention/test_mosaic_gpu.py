@@ -164,6 +164,16 @@ class TestOnHopper:
         definition = call(q, k, v, spec=spec, implementation="reference", lengths=lengths)
         assert distance(ours, definition) < 1e-2
 
+    @pytest.mark.parametrize("depth", [64, 128, 256])
+    @pytest.mark.parametrize("mode", ["sequence", "exact"])
+    def test_maxima_that_rise_in_some_rows_only(self, mode, depth):
+        """Sums are rescaled at every second tile, by some of a warpgroup's warps."""
+        q, k, v, dout = make_inputs((1, 300, 1500, 2, 2, depth))
+        steep = jnp.where(jnp.arange(300) % 48 < 20, depth**0.5, 0.0)
+        q = q.at[..., 0].set(steep[None, :, None].astype(q.dtype))
+        k = k.at[..., 0].set(jnp.linspace(0.0, 60.0, 1500)[None, :, None].astype(k.dtype))
+        compare([q, k, v, dout], make_spec(mode, depth))
+
     def test_little_noise_and_a_bound_that_holds(self):
         """Fine units of the fixed point; queries and keys whose logits need no ``min``."""
         q, k, v, dout = make_inputs((1, 2048, 2048, 2, 1, 64))

@@ -247,8 +247,9 @@ def shortened(weights: jax.Array, dtype: Any) -> jax.Array:
 def times(short: jax.Array, factors: jax.Array) -> jax.Array:
     """A tile times a factor a column: one multiplication for two elements.
 
-    Weights and factors are at most 1, so no product is above its factor: the rounding is
-    monotone and a factor is its own rounding.
+    Record mode's weights are at most 1, so no product is above its factor: the rounding is
+    monotone and a factor is its own rounding. Sequence mode's may be up to 2⁸; its bound
+    counts on the relative error of the two roundings alone.
 
     Args:
         short: bfloat16 or float16 [64, n], ``TILE``.

@@ -133,3 +133,22 @@ def test_the_tables_of_the_kernels_are_those_of_the_committed_runs():
     versions = ("ChaCha8", "ChaCha20", "ChaCha8, norms", "exact")
     assert forward == _rows_of("forward", [f"dpfa {v}" for v in versions])
     assert backward == _rows_of("forward+backward", ["dpfa ChaCha8", "dpfa exact"])
+
+
+def test_the_table_of_bars_is_that_of_the_committed_runs():
+    """The run's figures of the targets; of the earlier run, those of what it measured."""
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    lines = page.split("| bar | must reach |")[1].split("\n\n")[0].splitlines()[2:]
+    bars = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
+    forward = []
+    for run in ("", "_forward"):
+        path = ROOT / "benchmarks" / "results" / f"2026-11-23_h100_attention{run}.json"
+        targets = json.loads(path.read_text())["targets"]
+        forward.append([t for t in targets if t["direction"] == "forward" and t["must"]])
+    musts = [t["must"] for t in forward[0]]
+    assert [float(x) for bar in bars for x in re.findall(r"\d\.\d+", bar[1])] == musts
+    for column, targets in zip((2, 3), forward, strict=True):
+        found = [x for bar in bars for x in re.findall(r"\d\.\d+", bar[column])]
+        for figure, target in zip(found, targets, strict=True):
+            measured = [s["ratio"] for s in target["shapes"] if s["ratio"] is not None]
+            assert f"{min(measured):.{len(figure) - 2}f}" == figure, target["name"]

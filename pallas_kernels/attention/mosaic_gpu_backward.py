@@ -85,6 +85,7 @@ def _dq_kernel(
     dtype, shape = q_ref.dtype, (_ROWS, keys)
     wg = lax.axis_index("wg")
 
+    # Each warpgroup finds it for itself: what all of them shared would be spilled.
     def place() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, tiles.Plan]:
         tile, head, batch = _position(grid)
         if spec.is_causal:
@@ -187,6 +188,7 @@ def _dkv_kernel(
     dtype, shape = q_ref.dtype, (_ROWS, rows)
     wg = lax.axis_index("wg")
 
+    # As in the other kernel.
     def place() -> tuple[jax.Array, jax.Array, jax.Array, tiles.Plan]:
         tile, kv_head, batch = _position(grid)
         keys, length = wgs * _ROWS, limit_ref[batch, kv_head, 0]

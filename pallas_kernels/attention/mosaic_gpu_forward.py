@@ -507,7 +507,6 @@ def _compute(
                     lambda sums: sums,
                     acc[...],
                 )
-
             if not values_first:
                 await_values(tile + 1)
             # Not earlier: the product still reads the registers of the last weights.

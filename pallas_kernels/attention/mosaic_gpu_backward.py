@@ -29,6 +29,7 @@ from jax import lax
 
 from pallas_kernels.attention import mosaic_gpu_backward_tiles as tiles
 from pallas_kernels.attention import mosaic_gpu_ops as ops
+from pallas_kernels.attention import mosaic_gpu_products as products
 from pallas_kernels.attention.spec import AttentionSpec
 
 _ROWS = 64  # of a tile: the M of one WGMMA instruction, one warpgroup
@@ -100,7 +101,7 @@ def _dq_kernel(
         plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
         tile, head, _, batch, plan = place()
         own = pl.ds((tile * wgs + wg) * _ROWS, _ROWS)
-        q, do = q_smem.at[wg], do_smem.at[wg]
+        q = q_smem.at[wg]
         minus_lse, minus_delta, rows = (
             plgpu.load(row_ref.at[batch, head, i, own], layout=tiles.LINE[0], optimized=False)
             for i in range(3)
@@ -109,35 +110,31 @@ def _dq_kernel(
 
         def accumulate(dq: Any) -> jax.Array:
             def step(slot: jax.Array, masked: bool, release: Callable[[], None]) -> None:
-                def logit_gradients(products: Any, dp: Any) -> jax.Array:
-                    plgpu.barrier_wait(k_bar.at[slot])
-                    plgpu.wgmma(products, q, k_smem.at[slot].transpose((1, 0)))
-                    plgpu.barrier_wait(v_bar.at[slot])
-                    plgpu.wgmma(dp, do, v_smem.at[slot].transpose((1, 0)))
-                    s = plgpu.wgmma_accumulator_load(products, wait_n=1)
-                    release()
-                    if masked:
-                        columns = plgpu.load(key_smem.at[slot, 1], layout=tiles.LINE[1])
-                        s = tiles.hide(
-                            spec, s, tiles.spread(rows, shape, 0), tiles.spread(columns, shape, 1)
-                        )
-                    p, _ = tiles.weights(spec, s, tiles.spread(minus_lse, shape, 0), only_free=True)
-                    if spec.is_noisy:
-                        c = tiles.spread(
-                            plgpu.load(key_smem.at[slot, 0], layout=tiles.LINE[1]), shape, 1
-                        )
-                    d = plgpu.wgmma_accumulator_load(dp, wait_n=0)
-                    offset = tiles.spread(minus_delta, shape, 0)
-                    if spec.is_noisy:
-                        if masked:  # v may be NaN where c is 0
-                            d = jnp.where(c > 0.0, d, 0.0)
-                        d = ops.fma(d, c, offset)
-                    else:
-                        d = d + offset
-                    return (p * d).astype(dtype)
-
-                acc = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-                ds = pl.run_scoped(logit_gradients, acc, acc)
+                plgpu.barrier_wait(k_bar.at[slot])
+                s = products.start(q_smem, wg, k_smem, slot)
+                plgpu.barrier_wait(v_bar.at[slot])
+                d = products.start(do_smem, wg, v_smem, slot)
+                s = products.wait(s, 1)
+                release()
+                if masked:
+                    columns = plgpu.load(key_smem.at[slot, 1], layout=tiles.LINE[1])
+                    s = tiles.hide(
+                        spec, s, tiles.spread(rows, shape, 0), tiles.spread(columns, shape, 1)
+                    )
+                p, _ = tiles.weights(spec, s, tiles.spread(minus_lse, shape, 0), only_free=True)
+                if spec.is_noisy:
+                    c = tiles.spread(
+                        plgpu.load(key_smem.at[slot, 0], layout=tiles.LINE[1]), shape, 1
+                    )
+                d = products.wait(d, 0)
+                offset = tiles.spread(minus_delta, shape, 0)
+                if spec.is_noisy:
+                    if masked:  # v may be NaN where c is 0
+                        d = jnp.where(c > 0.0, d, 0.0)
+                    d = ops.fma(d, c, offset)
+                else:
+                    d = d + offset
+                ds = (p * d).astype(dtype)
                 plgpu.wgmma(dq, ds, k_smem.at[slot])  # awaited with the next tile's products
 
             tiles.walk(plan, 1, stages, step, free)
@@ -216,12 +213,8 @@ def _dkv_kernel(
             def step(slot: jax.Array, masked: bool, release: Callable[[], None]) -> None:
                 q, do = q_smem.at[slot], do_smem.at[slot]
 
-                def logits(products: Any) -> jax.Array:
-                    plgpu.barrier_wait(q_bar.at[slot])
-                    plgpu.wgmma(products, k, q.transpose((1, 0)))
-                    return plgpu.wgmma_accumulator_load(products, wait_n=0)
-
-                s = pl.run_scoped(logits, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+                plgpu.barrier_wait(q_bar.at[slot])
+                s = products.wait(products.start(k_smem, wg, q_smem, slot), 0)
                 if masked:
                     columns = plgpu.load(row_smem.at[slot, 2], layout=tiles.LINE[1])
                     s = tiles.hide(

@@ -141,16 +141,18 @@ def weights(
     return weights, weights if only_free else jnp.where(free, weights, 0.0)
 
 
-def _slot(i: jax.Array, stages: int) -> jax.Array:
-    # lax.rem keeps the sign of its operand, and the code for that.
-    return lax.rem(i, jnp.int32(stages)) if stages & (stages - 1) else i & (stages - 1)
+def _after(slot: jax.Array, stages: int) -> jax.Array:
+    # Counted, not divided: a remainder takes more instructions and registers.
+    return jnp.where(slot == stages - 1, 0, slot + 1)
 
 
 def stream(plan: Plan, repeats: int, stages: int, load: Callable[..., None], free: Any) -> None:
     """The loading warpgroup: fills slots in the order in which the others empty them."""
 
-    def fill(tile: Callable[[jax.Array], jax.Array], repeat: Any, i: jax.Array, n: Any) -> Any:
-        slot = _slot(n, stages)
+    def fill(
+        tile: Callable[[jax.Array], jax.Array], repeat: Any, i: jax.Array, state: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        n, slot = state
 
         # A slot is handed back one step late, so that products still run on it meanwhile;
         # the first step hands back the last slot, which was never filled.
@@ -159,18 +161,18 @@ def stream(plan: Plan, repeats: int, stages: int, load: Callable[..., None], fre
             plgpu.barrier_wait(free.at[slot])
 
         load(tile(i), repeat, slot)
-        return n + 1
+        return n + 1, _after(slot, stages)
 
-    n = jnp.int32(0)
+    state = (jnp.int32(0), jnp.int32(0))
     for tile, count in ((plan.edge, plan.edges), (plan.whole, plan.inner)):
         if repeats == 1:
-            n = lax.fori_loop(0, count, functools.partial(fill, tile, 0), n)
+            state = lax.fori_loop(0, count, functools.partial(fill, tile, 0), state)
         else:
 
-            def again(repeat: jax.Array, n: Any, tile: Any = tile, count: Any = count) -> Any:
-                return lax.fori_loop(0, count, functools.partial(fill, tile, repeat), n)
+            def again(repeat: jax.Array, state: Any, tile: Any = tile, count: Any = count) -> Any:
+                return lax.fori_loop(0, count, functools.partial(fill, tile, repeat), state)
 
-            n = lax.fori_loop(0, repeats, again, n)
+            state = lax.fori_loop(0, repeats, again, state)
 
 
 def walk(plan: Plan, repeats: int, stages: int, step: Callable[..., None], free: Any) -> None:
@@ -179,12 +181,12 @@ def walk(plan: Plan, repeats: int, stages: int, step: Callable[..., None], free:
     ``release`` hands back the slot of the step before, whose products have ended by then.
     """
 
-    def visit(masked: bool, i: jax.Array, _: None) -> None:
-        def release() -> None:
-            plgpu.barrier_arrive(free.at[_slot(i + (stages - 1), stages)])
-
-        step(_slot(i, stages), masked, release)
+    def visit(masked: bool, _: jax.Array, slots: tuple[jax.Array, jax.Array]) -> Any:
+        last, slot = slots
+        step(slot, masked, lambda: plgpu.barrier_arrive(free.at[last]))
+        return slot, _after(slot, stages)
 
     edges, end = plan.edges * repeats, (plan.edges + plan.inner) * repeats
-    lax.fori_loop(0, edges, functools.partial(visit, True), None)
-    lax.fori_loop(edges, end, functools.partial(visit, False), None)
+    slots = (jnp.int32(stages - 1), jnp.int32(0))
+    slots = lax.fori_loop(0, edges, functools.partial(visit, True), slots)
+    lax.fori_loop(edges, end, functools.partial(visit, False), slots)

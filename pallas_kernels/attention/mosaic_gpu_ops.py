@@ -218,6 +218,85 @@ def any_other_than_one(row: jax.Array) -> jax.Array:
     return run(row) != 0
 
 
+def mark_zeros(row: jax.Array, marks: Any, first: jax.Array) -> None:
+    """Writes whether one of a warp's sixteen rows has the value 0 to the warp's byte.
+
+    Args:
+        row: float32 [64], ``PER_ROW``.
+        marks: int8 [n] in device memory.
+        first: which byte is the first warp's.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(PER_ROW, plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def run(_, row, marks, first):
+        i8, i32 = (ir.IntegerType.get_signless(bits) for bits in (8, 32))
+        asm = (
+            "{ .reg .pred p; setp.eq.f32 p, $1, 0f00000000; setp.eq.or.f32 p, $2, 0f00000000, p;"
+            " vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
+        )
+        found = llvm.inline_asm(i32, regs.row_values(row), asm, "=r,f,f", has_side_effects=True)
+        warp = arith.shrui(regs.thread(), regs.constant(i32, 5))
+        place = arith.addi(first.registers[()], warp)
+        # All threads of a warp write the same.
+        where = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(marks), [place], i8)
+        llvm.store(arith.trunci(i8, found), where)
+
+    run(row, marks, first)
+
+
+def lane_marks(marks: Any) -> jax.Array:
+    """The bytes of which a lane reads every 32nd four, joined by "or": int32 [128], ``THREADS``.
+
+    The four warps read the same. Up to 128 bytes are one load, for which nobody waits here.
+
+    Args:
+        marks: int8 [n] in device memory, n a multiple of 4.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), THREADS),
+        return_type=plgpu.ShapeDtypeStruct((128,), jnp.int32, THREADS),
+    )
+    def run(_, marks, nothing):
+        i32 = ir.IntegerType.get_signless(32)
+        base = mgpu.utils.memref_ptr(marks)
+        (count,) = (n // 4 for n in ir.MemRefType(marks.type).shape)
+        lane = arith.andi(regs.thread(), regs.constant(i32, 31))
+
+        def load(word):
+            return llvm.load(i32, mgpu.utils.getelementptr(base, [word], i32))
+
+        if count <= 32:
+            # Those beyond the last read the last one.
+            return regs.with_register(
+                nothing, load(arith.minsi(lane, regs.constant(i32, count - 1)))
+            )
+        stop, step = regs.constant(i32, count), regs.constant(i32, 32)
+        loop = scf.ForOp(lane, stop, step, [regs.constant(i32, 0)])
+        with ir.InsertionPoint(loop.body):
+            scf.yield_([arith.ori(loop.inner_iter_args[0], load(loop.induction_variable))])
+        return regs.with_register(nothing, loop.results[0])
+
+    return run(marks, *zeros(1))
+
+
+def any_lane(words: jax.Array) -> jax.Array:
+    """Whether a lane has another word than 0: int32, 0 where none has."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(THREADS,),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT),
+    )
+    def run(_, words):
+        i32 = ir.IntegerType.get_signless(32)
+        asm = "redux.sync.or.b32 $0, $1, 0xffffffff;"
+        word = regs.scalar(words.registers.flat[0])
+        found = llvm.inline_asm(i32, [word], asm, "=r,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return run(words)
+
+
 def zeros(count: int) -> tuple[jax.Array, ...]:
     """``count`` zeros a thread: int32 [128], ``THREADS``."""
     return (plgpu.layout_cast(jnp.zeros((128,), jnp.int32), THREADS),) * count

@@ -61,7 +61,8 @@ def thread_row():
 def constant(type_, value):
     """An integer or float constant; integers wrap around."""
     if isinstance(type_, ir.IntegerType):
-        value = int(np.uint32(value & 0xFFFFFFFF).astype(np.int32))
+        half = 1 << (type_.width - 1)
+        value = (int(value) + half) % (2 * half) - half
         return arith.constant(type_, ir.IntegerAttr.get(type_, value))
     return arith.constant(type_, ir.FloatAttr.get(type_, value))
 

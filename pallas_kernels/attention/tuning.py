@@ -68,8 +68,8 @@ class Entry:
 
 # What is not listed runs with the back end's defaults. The forward ones gained 0.4 to 3 % over
 # them on an H100, ChaCha8 and exact together, the backward ones 7 to 19 % at D = 64 and 0 to
-# 2 % at D = 128 (medians of 12 to 20 samples in turns, 2026-11-23). Three slots are faster with a
-# causal mask too (dk and dv, D = 128), but there the compiler spills.
+# 2 % at D = 128 (medians of 12 to 20 samples in turns, 2026-11-23). With a causal mask and
+# D = 128, three slots for dk and dv gained nothing (2026-11-24).
 _BACKWARD_64 = {"dq_keys": 128, "dq_stages": 3, "dkv_warpgroups": 3}
 TABLE: tuple[Entry, ...] = (
     Entry("mosaic_gpu", "forward", "H100", 64, False, "long", 16, {"stages": 3}),

@@ -63,7 +63,8 @@ CASES = {
 }  # fmt: skip
 
 
-# Bytes that a thread spills: two addresses, once a job, and with jax 0.12 alone. None elsewhere.
+# Bytes that a thread spills: words that live through a job, stored and read outside the loops of
+# its steps, with jax 0.12 alone. None elsewhere.
 SPILLS = {"sequence, D=256, causal": 8}
 
 

@@ -171,7 +171,8 @@ class TestOnHopper:
         q, k, v, dout = make_inputs((1, 300, 1500, 2, 2, depth))
         steep = jnp.where(jnp.arange(300) % 48 < 20, depth**0.5, 0.0)
         q = q.at[..., 0].set(steep[None, :, None].astype(q.dtype))
-        k = k.at[..., 0].set(jnp.linspace(0.0, 60.0, 1500)[None, :, None].astype(k.dtype))
+        # Up to 0: large numbers in the keys that weigh most would magnify the rounding of dq.
+        k = k.at[..., 0].set(jnp.linspace(-60.0, 0.0, 1500)[None, :, None].astype(k.dtype))
         compare([q, k, v, dout], make_spec(mode, depth))
 
     def test_little_noise_and_a_bound_that_holds(self):
@@ -189,6 +190,14 @@ class TestOnHopper:
         q, k, v, dout = make_inputs((2, 300, 700, 4, 2, depth))
         v = v.at[0, 3, 0, 5].set(jnp.nan).at[0, 70, 1, 1].set(jnp.inf).at[1, 699].set(-jnp.inf)
         compare([q, k, v, dout], make_spec(mode, depth, is_causal=True))
+
+    @pytest.mark.parametrize("bad", [0, 2047, 2048, 4999])
+    def test_one_value_row_of_many_that_is_not_a_number(self, bad):
+        """A call finds it wherever it is: a lane reads one word up to 2048 keys, several beyond."""
+        for num_keys in (2048, 5000):
+            q, k, v, dout = make_inputs((1, 130, num_keys, 2, 2, 64))
+            v = v.at[0, min(bad, num_keys - 1), 1, 7].set(jnp.nan)
+            compare([q, k, v, dout], make_spec("record", 64))
 
     @pytest.mark.parametrize("depth", [64, 128, 256])
     @pytest.mark.parametrize("mode", ["record", "sequence"])

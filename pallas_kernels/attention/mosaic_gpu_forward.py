@@ -229,7 +229,7 @@ def launch(
 
 def _kernel(jobs: Jobs, *refs: Any, **scratch: Any) -> None:
     q_ref, k_ref, v_ref, factors, words_ref, *outputs = refs
-    factor_ref, marks_ref = (None, None) if factors is None else factors
+    factor_ref, dirty_ref = (None, None) if factors is None else factors
     spec, plan = jobs.spec, jobs.plan
     noisy = spec.is_noisy
     if noisy:
@@ -246,7 +246,7 @@ def _kernel(jobs: Jobs, *refs: Any, **scratch: Any) -> None:
     def _() -> None:
         plgpu.set_max_registers(COMPUTE_REGISTERS[plan.warpgroups, noisy], action="increase")
         every_job(
-            functools.partial(_compute, spec, plan, outputs, scratch, warpgroup, marks_ref),
+            functools.partial(_compute, spec, plan, outputs, scratch, warpgroup, dirty_ref),
             jnp.int32(0),
         )
         plgpu.wait_smem_to_gmem(0)
@@ -446,11 +446,12 @@ def _noise_words(
 
 def _compute(
     spec: AttentionSpec, plan: Plan, outputs: Any, scratch: Any, warpgroup: jax.Array,
-    marks_ref: Any, turn: jax.Array, job: _Job, done: jax.Array,
+    dirty_ref: Any, turn: jax.Array, job: _Job, done: jax.Array,
 ) -> jax.Array:  # fmt: skip
     """One job of a compute warpgroup; ``done`` tiles came before."""
     length, low, high = job.length, job.low, job.high
     first_row = job.first_row + warpgroup * ROWS
+    dirty = jnp.int32(0) if dirty_ref is None else dirty_ref[job.batch, job.kv_head]
     q_smem = scratch["q_smem"].at[warpgroup]
     k_smem, v_smem = scratch["k_smem"], scratch["v_smem"]
     k_bar, v_bar = scratch["k_bar"], scratch["v_bar"]
@@ -465,9 +466,6 @@ def _compute(
     def await_values(tile: jax.Array) -> None:
         plgpu.barrier_wait(v_bar.at[slot_of(tile)])
 
-    # Read now, and looked at when there are the first weights.
-    marks = None if marks_ref is None else ops.lane_marks(marks_ref.at[job.batch, job.kv_head])
-
     def packed(weights: jax.Array, tile: jax.Array, careful: bool) -> jax.Array:
         """Short weights, times the factors of the tile's values, which are there."""
         short = weights if weights.dtype == dtype else ops.shortened(weights, dtype)
@@ -475,7 +473,7 @@ def _compute(
             return short
         slot = slot_of(tile)
         if careful:
-            pl.when(dirty != 0)(lambda: ops.zero_non_finite(v_smem, slot, dtype=dtype))
+            pl.when(dirty > 0)(lambda: ops.zero_non_finite(v_smem, slot, dtype=dtype))
         factors = plgpu.load(scratch["factor_smem"].at[slot], layout=regs.PER_COLUMN)
         return ops.times(short, factors)
 
@@ -542,14 +540,13 @@ def _compute(
     logits = pl.run_scoped(first_product, plgpu.WGMMAAccumulatorRef((ROWS, plan.keys), jnp.float32))
     plgpu.barrier_arrive(scratch["k_free"].at[first_slot])
     weights, rows, _ = weigh(logits, low, rows, True)
-    dirty = jnp.int32(0) if marks is None else ops.any_lane(marks)
     await_values(low)
     carry = (packed(weights, low, True), rows)
 
     # Tiles before this one need no mask and hold no NaN: their steps are a loop of their
     # own, of half the instructions.
     careful_from = _first_partial(spec, plan, first_row, length, low)
-    careful_from = jnp.where(dirty != 0, low, careful_from)
+    careful_from = jnp.where(dirty > 0, low, careful_from)
 
     def steps(start: jax.Array, stop: jax.Array, carry: Any, acc: Any) -> Any:
         middle = jnp.clip(careful_from - 1, start, jnp.maximum(start, stop))

@@ -32,11 +32,11 @@ class Factors(NamedTuple):
     Attributes:
         scale: [B, K, S] in the dtype of the values, rounded towards zero; S padded to a
             multiple of 128 with ones.
-        marks: int8 [B, K, S/16], one for sixteen rows, not 0 where a row is not finite.
+        dirty: int32 [B, K], 1 where a row of the head is not finite.
     """
 
     scale: jax.Array
-    marks: jax.Array
+    dirty: jax.Array
 
 
 def value_factors(value: jax.Array, bound: float) -> Factors:
@@ -48,13 +48,9 @@ def value_factors(value: jax.Array, bound: float) -> Factors:
     """
     batch, num_keys, heads, depth = value.shape
     padded = pl.cdiv(num_keys, _MULTIPLE) * _MULTIPLE
-    scale, marks = plgpu.kernel(
+    scale: jax.Array = plgpu.kernel(
         functools.partial(_factor_kernel, bound),
-        out_type=[
-            jax.ShapeDtypeStruct((batch, heads, padded), value.dtype),
-            # A byte for each warp: a reduction by XLA would be one more launch.
-            jax.ShapeDtypeStruct((batch, heads, padded // 16), jnp.int8),
-        ],
+        out_type=jax.ShapeDtypeStruct((batch, heads, padded), value.dtype),
         scratch_types={
             "tile": plgpu.SMEM((_ROWS, depth), value.dtype, transforms=regs.SWIZZLED),
             "line": plgpu.SMEM((_ROWS,), value.dtype),
@@ -64,16 +60,14 @@ def value_factors(value: jax.Array, bound: float) -> Factors:
         kernel_name="value_factors",
         **_GRID,
     )(value)
-    return Factors(scale, marks)
+    return Factors(scale, jnp.any(scale == 0.0, axis=2).astype(jnp.int32))
 
 
 def _factor_kernel(
-    bound: float, value_ref: Any, scale_ref: Any, marks_ref: Any, *, tile: Any, line: Any,
-    barrier: Any,
-) -> None:  # fmt: skip
+    bound: float, value_ref: Any, scale_ref: Any, *, tile: Any, line: Any, barrier: Any
+) -> None:
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
-    tile_number = lax.axis_index("row_tile")
-    rows = pl.ds(tile_number * _ROWS, _ROWS)
+    rows = pl.ds(lax.axis_index("row_tile") * _ROWS, _ROWS)
     # Rows beyond the last come as zeros, whose factor is 1.
     plgpu.copy_gmem_to_smem(value_ref.at[batch, rows, head], tile, barrier)
     plgpu.barrier_wait(barrier)
@@ -81,7 +75,6 @@ def _factor_kernel(
     square = jnp.sum(value * value, axis=1)
     factor = jnp.where(square > bound * bound, bound * lax.rsqrt(square), 1.0)
     factor = jnp.where(square < jnp.inf, factor, 0.0)  # neither infinite nor NaN
-    ops.mark_zeros(factor, marks_ref.at[batch, head], 4 * tile_number)
     line[...] = ops.round_towards_zero(factor, value_ref.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(line, scale_ref.at[batch, head, rows])

@@ -93,7 +93,7 @@ def _in_shard_map(kernel: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
 
 
 def _axes(patterns: Sequence[str], values: tuple[Any, ...]) -> list[str]:
-    """The pattern of each array."""
+    """The pattern of each array; the second of two factors has no last axis."""
     if len(values) > len(patterns):  # two factors
         patterns = [*patterns, *patterns]
     return [

@@ -1,6 +1,6 @@
 """Attention for Hopper GPUs in Pallas Mosaic GPU: what can be asked of it, and the calls.
 
-The kernels are in ``mosaic_gpu_rows.py`` (clipping factors and the like),
+The kernels are in ``mosaic_gpu_factors.py`` (clipping), ``mosaic_gpu_rows.py``,
 ``mosaic_gpu_forward.py`` and ``mosaic_gpu_backward.py``.
 """
 
@@ -16,12 +16,13 @@ from pallas_kernels.attention import (
     common,
     mosaic_gpu_backward,
     mosaic_gpu_backward_tiles,
+    mosaic_gpu_factors,
     mosaic_gpu_forward,
     mosaic_gpu_rows,
     triton,
 )
+from pallas_kernels.attention.mosaic_gpu_factors import Factors
 from pallas_kernels.attention.mosaic_gpu_forward import ROWS, Plan
-from pallas_kernels.attention.mosaic_gpu_rows import Factors
 from pallas_kernels.attention.spec import AttentionSpec
 
 # For the tuning table, which looks where ``backward`` is.
@@ -69,7 +70,7 @@ def unsupported(spec: AttentionSpec, query: Any, key: Any, *, has_mask: bool) ->
 
 def value_scale(value: jax.Array, spec: AttentionSpec) -> Factors:
     """See :class:`pallas_kernels.attention.fused.Backend`."""
-    return mosaic_gpu_rows.value_factors(_pad_rows(value), spec.value_clip)
+    return mosaic_gpu_factors.value_factors(_pad_rows(value), spec.value_clip)
 
 
 def row_dots(first: jax.Array, second: jax.Array) -> jax.Array:

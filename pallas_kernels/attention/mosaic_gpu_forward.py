@@ -33,7 +33,7 @@ from pallas_kernels.attention import common, fused
 from pallas_kernels.attention import mosaic_gpu_bank as banks
 from pallas_kernels.attention import mosaic_gpu_ops as ops
 from pallas_kernels.attention import mosaic_gpu_registers as regs
-from pallas_kernels.attention.mosaic_gpu_rows import Factors
+from pallas_kernels.attention.mosaic_gpu_factors import Factors
 from pallas_kernels.attention.spec import AttentionSpec
 
 ROWS = 64  # of one warpgroup's matrix instruction

@@ -1,11 +1,9 @@
-"""Numbers of single rows for the Hopper kernels, each in one pass over the arrays.
+"""Products of rows for the gradients of the Hopper kernels, in one pass over the arrays.
 
-XLA makes three launches of the clipping factors, and reduces a row for the gradients in one
-thread.
+XLA would reduce a row in one thread.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,72 +11,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import mosaic_gpu_ops as ops
 from pallas_kernels.attention import mosaic_gpu_registers as regs
 
 _ROWS = 64
-_MULTIPLE = 128
 _GRID: dict[str, Any] = {
     "grid_names": ("batch", "row_tile", "head"),
     "compiler_params": plgpu.CompilerParams(
         approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
     ),
 }
-
-
-class Factors(NamedTuple):
-    """``common.row_scales`` of a [B, S, K, H] array.
-
-    Attributes:
-        scale: [B, K, S] in the dtype of the values, rounded towards zero; S padded to a
-            multiple of 128 with ones.
-        dirty: int32 [B, K], 1 where a row of the head is not finite.
-    """
-
-    scale: jax.Array
-    dirty: jax.Array
-
-
-def value_factors(value: jax.Array, bound: float) -> Factors:
-    """The factors min(1, bound/‖v‖); 0 for a row that is not finite.
-
-    Args:
-        value: bfloat16 or float16 [B, S, K, H], S a multiple of 8, H of 64.
-        bound: the clip C.
-    """
-    batch, num_keys, heads, depth = value.shape
-    padded = pl.cdiv(num_keys, _MULTIPLE) * _MULTIPLE
-    scale: jax.Array = plgpu.kernel(
-        functools.partial(_factor_kernel, bound),
-        out_type=jax.ShapeDtypeStruct((batch, heads, padded), value.dtype),
-        scratch_types={
-            "tile": plgpu.SMEM((_ROWS, depth), value.dtype, transforms=regs.SWIZZLED),
-            "line": plgpu.SMEM((_ROWS,), value.dtype),
-            "barrier": plgpu.Barrier(),
-        },
-        grid=(batch, padded // _ROWS, heads),
-        kernel_name="value_factors",
-        **_GRID,
-    )(value)
-    return Factors(scale, jnp.any(scale == 0.0, axis=2).astype(jnp.int32))
-
-
-def _factor_kernel(
-    bound: float, value_ref: Any, scale_ref: Any, *, tile: Any, line: Any, barrier: Any
-) -> None:
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
-    rows = pl.ds(lax.axis_index("row_tile") * _ROWS, _ROWS)
-    # Rows beyond the last come as zeros, whose factor is 1.
-    plgpu.copy_gmem_to_smem(value_ref.at[batch, rows, head], tile, barrier)
-    plgpu.barrier_wait(barrier)
-    value = plgpu.load(tile, layout=regs.TILE).astype(jnp.float32)
-    square = jnp.sum(value * value, axis=1)
-    factor = jnp.where(square > bound * bound, bound * lax.rsqrt(square), 1.0)
-    factor = jnp.where(square < jnp.inf, factor, 0.0)  # neither infinite nor NaN
-    line[...] = ops.round_towards_zero(factor, value_ref.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(line, scale_ref.at[batch, head, rows])
-    plgpu.wait_smem_to_gmem(0)
 
 
 def row_dots(first: jax.Array, second: jax.Array) -> jax.Array:

@@ -9,8 +9,8 @@ from pallas_kernels.attention import (
     attention,
     common,
     mosaic_gpu,
+    mosaic_gpu_factors,
     mosaic_gpu_forward,
-    mosaic_gpu_rows,
 )
 
 RECORD = {
@@ -68,7 +68,7 @@ SPILLS = {"sequence, D=256, causal": 8}
 
 
 def factor_shapes(value):
-    return jax.eval_shape(lambda v: mosaic_gpu_rows.value_factors(v, 1.0), padded(value))
+    return jax.eval_shape(lambda v: mosaic_gpu_factors.value_factors(v, 1.0), padded(value))
 
 
 def padded(x):
@@ -122,6 +122,18 @@ def test_sums_alone_compile_without_spills(name, ptxas):
     assert len(report.registers) == 1
     assert report.spilled == 0
     assert not report.warnings
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("depth", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_factors_compile_without_spills(depth, dtype, ptxas):
+    value = jax.ShapeDtypeStruct((2, 1304, 4, depth), dtype)
+    report = ptxas(lambda v: mosaic_gpu_factors.value_factors(v, 1.0).scale, value)
+    assert len(report.registers) == 1
+    assert report.spilled == 0
+    # Five blocks on a multiprocessor: with fewer, too few rows are on their way.
+    assert report.registers[0] <= 65536 // (5 * 128)
 
 
 @pytest.mark.aot

@@ -65,11 +65,13 @@ def test_figures_are_those_of_the_committed_results():
     assert _row("| accuracy")[1:] == [f"{x:.3f}" for x in accuracy]
 
 
+# Days of the runs of attention.
+LAST, BEFORE = "2026-11-24", "2026-11-23"
+
+
 def _attention_cells(run, direction):
     """Measured cells of the committed run, and each version of a cell by its name."""
-    # The backward kernels changed after the forward one.
-    day = "2026-11-24" if direction == "forward+backward" else "2026-11-23"
-    path = ROOT / "benchmarks" / "results" / f"{day}_h100_attention{run}.json"
+    path = ROOT / "benchmarks" / "results" / f"{run}_h100_attention.json"
     cells = [c for c in json.loads(path.read_text())["cells"] if c["direction"] == direction]
     return [(c, {v["name"]: v for v in c["versions"]}) for c in cells if c["baseline"]]
 
@@ -89,9 +91,9 @@ def test_attention_ratios_are_those_of_the_committed_runs():
     text = " ".join(README.split())
     forward, both = "forward", "forward+backward"
     for run, direction, start, lengths in (
-        ("", forward, "attention with ChaCha8 runs at", (1024, 4096, 16384, 65536)),
-        ("_forward", forward, "of nearly the same kernel, was at", (1024, 4096, 16384)),
-        ("", both, "Training through it, forward and backward, is at", (4096, 16384, 65536)),
+        (LAST, forward, "attention with ChaCha8 runs at", (1024, 4096, 16384, 65536)),
+        (BEFORE, forward, "of nearly the same kernel, was at", (1024, 4096, 16384)),
+        (LAST, both, "Training through it, forward and backward, is at", (4096, 16384, 65536)),
     ):
         ratios = {}
         for cell, versions in _attention_cells(run, direction):
@@ -108,7 +110,7 @@ def test_attention_ratios_are_those_of_the_committed_runs():
 
 def _rows_of(direction, names):
     rows = set()
-    for cell, versions in _attention_cells("", direction):
+    for cell, versions in _attention_cells(LAST, direction):
         shape = cell["shape"]
         ms = versions[cell["baseline"]]["median_ms"]
         row = [", ".join(str(shape[k]) for k in ("batch", "length", "heads", "head_dim"))]
@@ -140,8 +142,8 @@ def test_the_table_of_bars_is_that_of_the_committed_runs():
     lines = page.split("| bar | must reach |")[1].split("\n\n")[0].splitlines()[2:]
     bars = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
     forward = []
-    for run in ("", "_forward"):
-        path = ROOT / "benchmarks" / "results" / f"2026-11-23_h100_attention{run}.json"
+    for run in (LAST, BEFORE):
+        path = ROOT / "benchmarks" / "results" / f"{run}_h100_attention.json"
         targets = json.loads(path.read_text())["targets"]
         forward.append([t for t in targets if t["direction"] == "forward" and t["must"]])
     musts = [t["must"] for t in forward[0]]

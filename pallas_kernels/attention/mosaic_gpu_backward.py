@@ -109,8 +109,9 @@ def _dq_kernel(
         plgpu.barrier_wait(own_bar.at[wg])
 
         def accumulate(dq: Any) -> jax.Array:
-            def step(slot: jax.Array, masked: bool, release: Callable[[], None]) -> None:
-                plgpu.barrier_wait(k_bar.at[slot])
+            def step(
+                slot: jax.Array, masked: bool, release: Callable[[], None], ahead: Callable[[], None]
+            ) -> None:
                 s = products.start(q_smem, wg, k_smem, slot)
                 plgpu.barrier_wait(v_bar.at[slot])
                 d = products.start(do_smem, wg, v_smem, slot)
@@ -126,6 +127,9 @@ def _dq_kernel(
                     c = tiles.spread(
                         plgpu.load(key_smem.at[slot, 0], layout=tiles.LINE[1]), shape, 1
                     )
+                # This wait also is a branch, and ptxas moves nothing across one. Without it the
+                # exponentials sink below the next line, and do not run beside the product d.
+                ahead()
                 d = products.wait(d, 0)
                 offset = tiles.spread(minus_delta, shape, 0)
                 if spec.is_noisy:
@@ -137,7 +141,7 @@ def _dq_kernel(
                 ds = (p * d).astype(dtype)
                 plgpu.wgmma(dq, ds, k_smem.at[slot])  # awaited with the next tile's products
 
-            tiles.walk(plan, 1, stages, step, free)
+            tiles.walk(plan, 1, stages, step, free, k_bar)
             return dq[...]
 
         dq = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(q.shape, jnp.float32))

@@ -175,18 +175,39 @@ def stream(plan: Plan, repeats: int, stages: int, load: Callable[..., None], fre
             state = lax.fori_loop(0, repeats, again, state)
 
 
-def walk(plan: Plan, repeats: int, stages: int, step: Callable[..., None], free: Any) -> None:
+def walk(
+    plan: Plan, repeats: int, stages: int, step: Callable[..., None], free: Any, ready: Any = None
+) -> None:
     """A compute warpgroup: ``step(slot, masked, release)`` for every filled slot.
 
     ``release`` hands back the slot of the step before, whose products have ended by then.
+
+    With barriers ``ready``, one a slot, every slot's has been awaited when its step begins, and
+    ``step`` gets one more function, to be called once, that awaits the next step's.
     """
-
-    def visit(masked: bool, _: jax.Array, slots: tuple[jax.Array, jax.Array]) -> Any:
-        last, slot = slots
-        step(slot, masked, lambda: plgpu.barrier_arrive(free.at[last]))
-        return slot, _after(slot, stages)
-
     edges, end = plan.edges * repeats, (plan.edges + plan.inner) * repeats
+
+    def visit(masked: bool, i: jax.Array, slots: tuple[jax.Array, jax.Array]) -> Any:
+        last, slot = slots
+        following = _after(slot, stages)
+
+        def release() -> None:
+            plgpu.barrier_arrive(free.at[last])
+
+        def ahead() -> None:
+            @pl.when(i + 1 < end)
+            def _() -> None:
+                plgpu.barrier_wait(ready.at[following])
+
+        step(slot, masked, release, *([] if ready is None else [ahead]))
+        return slot, following
+
+    if ready is not None:
+
+        @pl.when(end > 0)
+        def _() -> None:
+            plgpu.barrier_wait(ready.at[0])
+
     slots = (jnp.int32(stages - 1), jnp.int32(0))
     slots = lax.fori_loop(0, edges, functools.partial(visit, True), slots)
     lax.fori_loop(edges, end, functools.partial(visit, False), slots)

@@ -110,7 +110,10 @@ def _dq_kernel(
 
         def accumulate(dq: Any) -> jax.Array:
             def step(
-                slot: jax.Array, masked: bool, release: Callable[[], None], ahead: Callable[[], None]
+                slot: jax.Array,
+                masked: bool,
+                release: Callable[[], None],
+                ahead: Callable[[], None],
             ) -> None:
                 s = products.start(q_smem, wg, k_smem, slot)
                 plgpu.barrier_wait(v_bar.at[slot])

@@ -180,7 +180,7 @@ def walk(
 ) -> None:
     """A compute warpgroup: ``step(slot, masked, release)`` for every filled slot.
 
-    ``release`` hands back the slot of the step before, whose products have ended by then.
+    ``release()`` hands back the slot of the step before, whose products have ended by then.
 
     With barriers ``ready``, one a slot, every slot's has been awaited when its step begins, and
     ``step`` gets one more function, to be called once, that awaits the next step's.

@@ -65,13 +65,15 @@ def test_figures_are_those_of_the_committed_results():
     assert _row("| accuracy")[1:] == [f"{x:.3f}" for x in accuracy]
 
 
-# Days of the runs of attention.
-LAST, BEFORE = "2026-11-24", "2026-11-23"
+# Runs of attention: of the forward kernel, of an earlier one, and of both directions since the
+# kernel of dq changed.
+LAST, BEFORE = "2026-11-24_h100_attention", "2026-11-23_h100_attention"
+BOTH = "2026-11-24_h100_attention_dq"
 
 
 def _attention_cells(run, direction):
     """Measured cells of the committed run, and each version of a cell by its name."""
-    path = ROOT / "benchmarks" / "results" / f"{run}_h100_attention.json"
+    path = ROOT / "benchmarks" / "results" / f"{run}.json"
     cells = [c for c in json.loads(path.read_text())["cells"] if c["direction"] == direction]
     return [(c, {v["name"]: v for v in c["versions"]}) for c in cells if c["baseline"]]
 
@@ -93,7 +95,7 @@ def test_attention_ratios_are_those_of_the_committed_runs():
     for run, direction, start, lengths in (
         (LAST, forward, "attention with ChaCha8 runs at", (1024, 4096, 16384, 65536)),
         (BEFORE, forward, "of nearly the same kernel, was at", (1024, 4096, 16384)),
-        (LAST, both, "Training through it, forward and backward, is at", (4096, 16384, 65536)),
+        (BOTH, both, "Training through it, forward and backward, is at", (4096, 16384, 65536)),
     ):
         ratios = {}
         for cell, versions in _attention_cells(run, direction):
@@ -108,9 +110,9 @@ def test_attention_ratios_are_those_of_the_committed_runs():
         assert found == [ratios[t, True] for t in lengths]
 
 
-def _rows_of(direction, names):
+def _rows_of(run, direction, names):
     rows = set()
-    for cell, versions in _attention_cells(LAST, direction):
+    for cell, versions in _attention_cells(run, direction):
         shape = cell["shape"]
         ms = versions[cell["baseline"]]["median_ms"]
         row = [", ".join(str(shape[k]) for k in ("batch", "length", "heads", "head_dim"))]
@@ -132,8 +134,8 @@ def test_the_tables_of_the_kernels_are_those_of_the_committed_runs():
         tables.append({tuple(x.strip() for x in line.strip("|").split("|")) for line in lines})
     forward, backward = tables
     versions = ("ChaCha8", "ChaCha20", "ChaCha8, norms", "exact")
-    assert forward == _rows_of("forward", [f"dpfa {v}" for v in versions])
-    assert backward == _rows_of("forward+backward", ["dpfa ChaCha8", "dpfa exact"])
+    assert forward == _rows_of(LAST, "forward", [f"dpfa {v}" for v in versions])
+    assert backward == _rows_of(BOTH, "forward+backward", ["dpfa ChaCha8", "dpfa exact"])
 
 
 def test_the_table_of_bars_is_that_of_the_committed_runs():
@@ -143,7 +145,7 @@ def test_the_table_of_bars_is_that_of_the_committed_runs():
     bars = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
     forward = []
     for run in (LAST, BEFORE):
-        path = ROOT / "benchmarks" / "results" / f"{run}_h100_attention.json"
+        path = ROOT / "benchmarks" / "results" / f"{run}.json"
         targets = json.loads(path.read_text())["targets"]
         forward.append([t for t in targets if t["direction"] == "forward" and t["must"]])
     musts = [t["must"] for t in forward[0]]

@@ -26,15 +26,16 @@ from pallas_kernels.attention.mosaic_gpu_registers import SWIZZLED, TILE
 _GROUP = 8 * 128  # bytes: eight rows of 64 columns, which lie together
 
 
-def start(first: Any, i: jax.Array, second: Any, j: jax.Array) -> jax.Array:
-    """Starts first[i] · second[j]ᵀ and returns where it will be, to be given to :func:`wait`.
+def start(first: jax.Array | tuple[Any, jax.Array], second: Any, j: jax.Array) -> jax.Array:
+    """Starts first · second[j]ᵀ and returns where it will be, to be given to :func:`wait`.
 
     A group of its own, as ``plgpu.wgmma`` makes one.
 
     Args:
-        first: bfloat16 or float16 [..., 64, H] in shared memory, ``SWIZZLED``.
-        i: which of them.
-        second: likewise, [..., n, H].
+        first: bfloat16 or float16 [64, H], ``TILE``, which must not change before the product
+            has ended; or such tiles in shared memory, ``SWIZZLED`` [..., 64, H], and which
+            of them.
+        second: likewise in shared memory, [..., n, H].
         j: which of them.
 
     Returns:
@@ -42,29 +43,39 @@ def start(first: Any, i: jax.Array, second: Any, j: jax.Array) -> jax.Array:
     """
     columns, depth = second.shape[-2:]
     name = "bf16" if second.dtype == jnp.bfloat16 else "f16"
+    steps, count = depth // 16, columns // 2
+    in_memory = isinstance(first, tuple)
+    one_tile = (plgpu.RefType(SWIZZLED), plgpu.Layout.WG_SPLAT)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(SWIZZLED), plgpu.Layout.WG_SPLAT) * 2,
+        arg_types=(*(one_tile if in_memory else (TILE,)), *one_tile),
         return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, TILE),
     )
-    def run(_, first, i, second, j):
+    def run(_, *operands):
+        *first, second, j = operands
         f32 = ir.F32Type.get()
-        count = columns // 2
-        sums = ", ".join(f"${x}" for x in range(count))
-        steps = depth // 16
+        # What one instruction reads of the first operand: four registers, or a descriptor.
+        if in_memory:
+            left, kind, each, more = _descriptors(*first, depth), "l", 1, ", 0"
+        else:
+            left, kind, each, more = _words(*first), "r", 4, ""
+        right = _descriptors(second, j, depth)
+        sums = _names(0, count)
         lines = [".reg .pred p; wgmma.fence.sync.aligned;"]
-        lines += [
-            f"setp.ne.b32 p, {step}, 0;"
-            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{name}.{name}"
-            f" {{{sums}}}, ${count + step}, ${count + steps + step}, p, 1, 1, 0, 0;"
-            for step in range(steps)
-        ]
+        for step in range(steps):
+            own = _names(count + each * step, each)
+            lines.append(
+                f"setp.ne.b32 p, {step}, 0;"
+                f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{name}.{name} {{{sums}}}, "
+                + (own if in_memory else f"{{{own}}}")
+                + f", ${count + len(left) + step}, p, 1, 1, 0{more};"
+            )
         lines.append("wgmma.commit_group.sync.aligned;")
         result = llvm.inline_asm(
             llvm.StructType.get_literal([f32] * count),
-            [*_descriptors(first, i, depth), *_descriptors(second, j, depth)],
+            [*left, *right],
             "{ " + " ".join(lines) + " }",
-            ",".join(["=&f"] * count + ["l"] * (2 * steps)),
+            ",".join(["=&f"] * count + [kind] * len(left) + ["l"] * steps),
             has_side_effects=True,
         )
         empty = mgpu.FragmentedArray.splat(
@@ -72,7 +83,7 @@ def start(first: Any, i: jax.Array, second: Any, j: jax.Array) -> jax.Array:
         )
         return _from_sums(empty, [llvm.extractvalue(f32, result, [x]) for x in range(count)])
 
-    return run(first, i, second, j)
+    return run(*(first if in_memory else (first,)), second, j)
 
 
 def wait(tile: jax.Array, groups: int) -> jax.Array:
@@ -108,6 +119,19 @@ def _from_sums(like, sums):
         first = 4 * group + 2 * half
         held[index] = vector.from_elements(pair, sums[first : first + 2])
     return regs.like(like, held)
+
+
+def _names(first, count):
+    return ", ".join(f"${first + x}" for x in range(count))
+
+
+def _words(tile):
+    """A tile of a short format in the order in which the instructions take its registers."""
+    i32 = ir.IntegerType.get_signless(32)
+    words = [None] * (tile.shape[1] // 4)
+    for index, half, group in regs.walk(tile):
+        words[2 * group + half] = llvm.bitcast(i32, tile.registers[index])
+    return words
 
 
 def _descriptors(tiles, which, depth):
